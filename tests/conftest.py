@@ -1,0 +1,48 @@
+"""Eight virtual CPU devices, a compilation cache, and where the real data is."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  )
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "gcl_jax_test_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from absl import flags
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+  del config
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain's worker code reads absl flags
+
+
+def data_root() -> Path:
+  """The folder of real data: $GCL_JAX_DATA, by default ../shared/data."""
+  return Path(os.environ.get("GCL_JAX_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(config, items):
+  """Tests of real data are not collected where there is none: nothing is skipped."""
+  if data_root().is_dir():
+    return
+  missing = [item for item in items if "real_data" in item.fixturenames]
+  config.hook.pytest_deselected(items=missing)
+  items[:] = [item for item in items if item not in missing]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+  """The real data; a test that asks for it is left out where the data is not."""
+  return data_root()
