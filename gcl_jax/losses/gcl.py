@@ -1,0 +1,174 @@
+"""Generalized Contrastive Learning (arXiv 2509.25638) and the CLIP loss."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from gcl_jax.fusion import Mix
+from gcl_jax.losses import denominators, dense
+from gcl_jax.losses.pairs import (
+  Pairs,
+  Summing,
+  check_form,
+  make_pairs,
+  matmul_precision,
+  over_batch,
+  scalar_scale,
+)
+
+
+def gcl_loss(
+  image: Array,
+  text: Array,
+  fused: Array | Mix,
+  *,
+  logit_scale: ArrayLike,
+  denominator: str = "self_masked",
+  direction_weights: ArrayLike | None = None,
+  pair_ids: Array | None = None,
+  has_image: Array | None = None,
+  has_text: Array | None = None,
+  mesh: Mesh | None = None,
+  batch_axes: tuple[str, ...] = ("data",),
+  form: str = "auto",
+  block_size: int | None = None,
+) -> tuple[Array, Array]:
+  """The GCL loss over the six directions between image, text and fused embeddings.
+
+  For every pair j and direction (a, b), a ≠ b: ℓ = log-denominator − s e_a · e_b. The
+  denominator holds candidates of all three modalities from the whole batch. The loss is
+  the weighted mean of ℓ (with weights 1: equation 2 of the paper). Denominators:
+
+    self_masked  all candidates but the anchor itself (the paper's figure 3 and text)
+    literal      the anchor too (the paper's equation 2 as printed)
+    clean        self_masked without the other positive
+    cross_only   self_masked without negatives of the anchor's own modality
+    target_only  candidates of the positive's modality alone
+
+  Nothing is normalised here. Differentiable in image, text, fused (or both its weights)
+  and logit_scale.
+
+  Args:
+    image, text: (N, D) unit rows, float32 or bfloat16; N is the global batch.
+    fused: (N, D) unit rows, or `Mix` of two (N,): e_it = alpha e_i + beta e_t.
+    logit_scale: s = 1/τ, a positive scalar, already exponentiated.
+    denominator: see above.
+    direction_weights: (3, 3), rows query, columns candidate; by default all 1. The
+      diagonal is ignored.
+    pair_ids: integers (N,) or (N, K). Two pairs that agree in any column are neither
+      positive nor negative to each other. By default the position.
+    has_image, has_text: (N,) bool, None where all are there. Fused exists where both
+      do. Absent entries may hold anything, NaN included. Rows with neither are padding:
+      they change nothing and their gradient is zero.
+    mesh: the arrays are the global batch, sharded over `batch_axes`; negatives are
+      global. All-gathers the embeddings (backward: reduce-scatter) and all-reduces 18
+      floats; a device holds the logits of its own rows only, (3 N / devices) · 3 N.
+    batch_axes: the mesh axes that split the batch, in the order of the sharding.
+    form: "dense" or "auto" (at present the same).
+    block_size: rows of a block in forms that walk in blocks; the dense form does not.
+
+  Returns:
+    loss: float32 scalar, 0 where nothing counts. With equal weights `self_masked` does
+      not fall below ln 2.
+    directions: (3, 3) float32, the mean ℓ per direction whatever its weight; 0 on the
+      diagonal and where nothing counts. No gradient.
+
+  Raises:
+    ValueError: shapes disagree, an unknown denominator or form, a batch that the mesh
+      does not divide.
+  """
+  check_form(form, block_size)
+  denominators.candidates(denominator, 0, 1)
+  weights = jnp.ones((3, 3)) if direction_weights is None else direction_weights
+  weights = jnp.asarray(weights, jnp.float32)
+  if weights.shape != (3, 3):
+    raise ValueError(f"direction_weights has shape {weights.shape}, not (3, 3)")
+  pairs = make_pairs(
+    image, text, fused, pair_ids=pair_ids, has_image=has_image, has_text=has_text
+  )
+  return _mean_loss(
+    pairs,
+    scalar_scale(logit_scale),
+    weights,
+    denominator=denominator,
+    precision=matmul_precision(image, text, fused),
+    mesh=mesh,
+    batch_axes=tuple(batch_axes),
+  )
+
+
+def contrastive_loss(
+  image: Array,
+  text: Array,
+  *,
+  logit_scale: ArrayLike,
+  pair_ids: Array | None = None,
+  has_image: Array | None = None,
+  has_text: Array | None = None,
+  mesh: Mesh | None = None,
+  batch_axes: tuple[str, ...] = ("data",),
+  form: str = "auto",
+  block_size: int | None = None,
+) -> tuple[Array, Array]:
+  """CLIP's loss (equation 1 of the paper): `target_only` over image ↔ text.
+
+  Arguments, errors and collectives as in `gcl_loss`; pairs that lack a modality are
+  candidates in the one that they have.
+
+  Returns:
+    loss: float32 scalar. directions: (3, 3) float32 without gradient, of which [0, 1]
+      (image → text) and [1, 0] are filled.
+  """
+  check_form(form, block_size)
+  pairs = make_pairs(
+    image, text, pair_ids=pair_ids, has_image=has_image, has_text=has_text
+  )
+  loss, directions = _mean_loss(
+    pairs,
+    scalar_scale(logit_scale),
+    jnp.ones((2, 2)),
+    denominator="target_only",
+    precision=matmul_precision(image, text),
+    mesh=mesh,
+    batch_axes=tuple(batch_axes),
+  )
+  return loss, jnp.pad(directions, ((0, 1), (0, 1)))
+
+
+@functools.partial(
+  jax.jit, static_argnames=("denominator", "precision", "mesh", "batch_axes")
+)
+def _mean_loss(
+  pairs: Pairs,
+  scale: Array,
+  weights: Array,
+  *,
+  denominator: str,
+  precision: jax.lax.Precision,
+  mesh: Mesh | None,
+  batch_axes: tuple[str, ...],
+) -> tuple[Array, Array]:
+  def local(rows: Pairs, shared: Any, summing: Summing) -> tuple[Array, Array]:
+    scale, weights = shared
+    lse = dense.negatives_lse(
+      rows,
+      summing.gather(rows),
+      scale,
+      blocks=denominators.blocks(denominator, len(rows.banks)),
+      precision=precision,
+    )
+    sums, counts = denominators.direction_losses(
+      lse, rows.banks, rows.there, scale, denominator
+    )
+    return denominators.weighted_mean(
+      summing.total(sums), summing.total(counts), weights
+    )
+
+  return over_batch(local, pairs, (scale, weights), mesh=mesh, batch_axes=batch_axes)

@@ -1,0 +1,215 @@
+"""The batch as the losses see it: checked, float32, absent entries zeroed.
+
+Everything here is O(N · D). The engines (`dense.py`) do what is quadratic in N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from gcl_jax.fusion import Mix
+
+FORMS = ("auto", "dense")
+
+
+class Pairs(NamedTuple):
+  """Rows of the batch. Every array's leading axis is the pair; absent rows are zero.
+
+  image, text: (n, D) float32. fused: (n, D) float32, `Mix` of (n,), or None where the
+  loss has no third modality. has_image, has_text: (n,) bool. ids: (n, K) integers.
+  text_features: (n, F) float32 unit rows or None.
+  """
+
+  image: Array
+  text: Array
+  fused: Array | Mix | None
+  has_image: Array
+  has_text: Array
+  ids: Array
+  text_features: Array | None = None
+
+  @property
+  def banks(self) -> tuple[Array, ...]:
+    """The unit embeddings (n, D) of every modality: image, text and fused if any."""
+    if self.fused is None:
+      return self.image, self.text
+    if not isinstance(self.fused, Mix):
+      return self.image, self.text, self.fused
+    alpha, beta = (weight[:, None] for weight in self.fused)
+    return self.image, self.text, alpha * self.image + beta * self.text
+
+  @property
+  def there(self) -> tuple[Array, ...]:
+    """Which entries of `banks` exist, (n,) bool each."""
+    single = (self.has_image, self.has_text)
+    return single if self.fused is None else (*single, self.has_image & self.has_text)
+
+
+class Summing(NamedTuple):
+  """What a loss needs of the other devices: their rows, and the sum over them."""
+
+  gather: Callable[[Any], Any]  # (n, ...) leaves -> (N, ...)
+  total: Callable[[Array], Array]
+
+
+def make_pairs(
+  image: Array,
+  text: Array,
+  fused: Array | Mix | None = None,
+  *,
+  pair_ids: Array | None,
+  has_image: Array | None,
+  has_text: Array | None,
+  text_features: Array | None = None,
+) -> Pairs:
+  """Checks shapes, casts to float32 and zeroes what is absent.
+
+  Absent entries are replaced before any product, because 0 · NaN is NaN in the value
+  and in the gradient; the replacement's own gradient is exactly zero.
+
+  Raises:
+    ValueError: a shape or a type is not what the losses' docstrings say.
+  """
+  if image.ndim != 2:
+    raise ValueError(f"image has shape {image.shape}, not (N, D)")
+  _check("text", text, image.shape)
+  rows = image.shape[:1]
+  image_there = _presence("has_image", has_image, rows)
+  text_there = _presence("has_text", has_text, rows)
+  both = image_there & text_there
+  if isinstance(fused, Mix):
+    for name, weight in zip(Mix._fields, fused, strict=True):
+      _check(f"fused.{name}", weight, rows)
+    fused = Mix(*(_zero_absent(weight, both) for weight in fused))
+  elif fused is not None:
+    _check("fused", fused, image.shape)
+    fused = _zero_absent(fused, both)
+  if text_features is not None:
+    _check("text_features", text_features, (*rows, *text_features.shape[1:2]))
+    text_features = _unit(_zero_absent(text_features, text_there))
+    text_features = jax.lax.stop_gradient(text_features)
+  return Pairs(
+    image=_zero_absent(image, image_there),
+    text=_zero_absent(text, text_there),
+    fused=fused,
+    has_image=image_there,
+    has_text=text_there,
+    ids=_ids(pair_ids, rows),
+    text_features=text_features,
+  )
+
+
+def scalar_scale(logit_scale: ArrayLike) -> Array:
+  """The scale as a float32 scalar; ValueError for any other shape."""
+  scale = jnp.asarray(logit_scale, jnp.float32)
+  if scale.shape:
+    raise ValueError(f"logit_scale has shape {scale.shape}, not ()")
+  return scale
+
+
+def matmul_precision(*arrays: Array | Mix | None) -> jax.lax.Precision:
+  """How exactly an accelerator must multiply float32 copies of these inputs.
+
+  Values that came from bfloat16 lose nothing in an accelerator's fast float32 product
+  (bfloat16 or TF32 operands, float32 sums). Others do: 1e-3 of a similarity is 0.1 of
+  a logit at scale 100.
+  """
+  # A Mix makes new float32 rows of bfloat16 ones.
+  exact = all(
+    array is None or (not isinstance(array, Mix) and array.dtype == jnp.bfloat16)
+    for array in arrays
+  )
+  return jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST
+
+
+def check_form(form: str, block_size: int | None) -> None:
+  """Raises ValueError for a form that is not available."""
+  if form not in FORMS:
+    raise ValueError(f"form={form!r} is not available: choose from {', '.join(FORMS)}")
+  if block_size is not None and block_size < 1:
+    raise ValueError(f"block_size={block_size}: give a positive number of rows or None")
+
+
+def over_batch(
+  local: Callable[[Pairs, Any, Summing], Any],
+  pairs: Pairs,
+  shared: Any,
+  *,
+  mesh: Mesh | None,
+  batch_axes: Sequence[str],
+) -> Any:
+  """Calls `local` on each device's rows; its results must be sums over the batch.
+
+  Without a mesh: one call on all rows. With one: `jax.shard_map` over `batch_axes`;
+  `gather` is an all-gather (backward: reduce-scatter), `total` an all-reduce.
+
+  Raises:
+    ValueError: an axis is not of the mesh, or N is not divisible over the axes.
+  """
+  if mesh is None:
+    return local(pairs, shared, Summing(lambda rows: rows, lambda value: value))
+  axes = tuple(batch_axes)
+  missing = [axis for axis in axes if axis not in mesh.shape]
+  if missing or not axes:
+    raise ValueError(f"batch_axes={axes}: the mesh has axes {tuple(mesh.shape)}")
+  devices = 1
+  for axis in axes:
+    devices *= mesh.shape[axis]
+  if pairs.ids.shape[0] % devices:
+    raise ValueError(
+      f"{pairs.ids.shape[0]} pairs are not divisible over {devices} devices "
+      f"(mesh axes {axes}): pad with rows that have neither image nor text"
+    )
+  summing = Summing(
+    gather=lambda rows: jax.tree.map(
+      lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), rows
+    ),
+    total=lambda value: jax.lax.psum(value, axes),
+  )
+  return jax.shard_map(
+    lambda rows, same: local(rows, same, summing),
+    mesh=mesh,
+    in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(),
+  )(pairs, shared)
+
+
+def _check(name: str, array: Array, shape: tuple[int, ...]) -> None:
+  if array.shape != shape:
+    raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+
+
+def _presence(name: str, has: Array | None, rows: tuple[int]) -> Array:
+  if has is None:
+    return jnp.ones(rows, bool)
+  _check(name, has, rows)
+  return jnp.asarray(has, bool)
+
+
+def _ids(pair_ids: Array | None, rows: tuple[int]) -> Array:
+  if pair_ids is None:
+    return jnp.arange(rows[0], dtype=jnp.int32)[:, None]
+  pair_ids = jnp.asarray(pair_ids)
+  if not jnp.issubdtype(pair_ids.dtype, jnp.integer):
+    raise ValueError(f"pair_ids are {pair_ids.dtype}, not integers")
+  if pair_ids.ndim not in (1, 2) or pair_ids.shape[:1] != rows or not pair_ids.size:
+    raise ValueError(f"pair_ids has shape {pair_ids.shape}, not {rows} or (N, K)")
+  return pair_ids.reshape(rows[0], -1)
+
+
+def _zero_absent(rows: Array, there: Array) -> Array:
+  there = there.reshape(there.shape + (1,) * (rows.ndim - 1))
+  return jnp.where(there, rows.astype(jnp.float32), 0.0)
+
+
+def _unit(rows: Array) -> Array:
+  # Zero rows stay zero: their cosine with anything is 0.
+  norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+  return rows / jnp.maximum(norm, 1e-12)
