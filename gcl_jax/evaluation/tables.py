@@ -1,0 +1,236 @@
+"""Results of the nine-direction evaluation as tables: on screen and in Markdown."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gcl_jax.evaluation.banks import MODALITIES
+from gcl_jax.evaluation.nine import POOLS, VIEWS, cell_name
+
+WIDTH = 100  # columns
+EMPTY = "—"
+SEED_POINTS = 3  # by how much seeds of one training run were seen to differ
+COLUMNS = tuple((p, g, k) for p in POOLS for g in ("same", "other") for k in (1, 10))
+ASCII = str.maketrans({"→": ">", "—": "-", "†": "+", "±": "~", "‖": "|", "Δ": "D"})
+
+
+def rows_of(name: str, result: Mapping) -> dict[str, Mapping]:
+  """A result's table rows: `name`, and `name + centring` where it was computed."""
+  names = {"plain": name, "centered": f"{name} + centring"}
+  return {names[view]: result[view] for view in VIEWS if view in result}
+
+
+def render(
+  rows: Mapping[str, Mapping], *, file: TextIO | None = None, quiet: bool = False
+) -> str:
+  """Prints and returns the tables; at most 100 columns wide, the same in a pipe.
+
+  Args:
+    rows: name -> result of `evaluate_nine`, or one of its views (result["centered"]).
+      A result stands for its plain view; `rows_of` gives both.
+    file: where to print; standard output by default.
+    quiet: only return the text.
+
+  Raises ValueError without rows.
+  """
+  views = _views(rows)
+  name, last = list(views.items())[-1]
+  console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
+  console.print(_summary(views))
+  console.print(_directions(name, last))
+  for line in _notes(views):
+    console.print(line, markup=False, highlight=False)
+  text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+  if not quiet:
+    file = sys.stdout if file is None else file
+    utf = (getattr(file, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(text if utf else text.translate(ASCII), file=file)
+  return text
+
+
+def to_markdown(rows: Mapping[str, Mapping]) -> str:
+  """The same tables in Markdown. `rows` as in `render`."""
+  views = _views(rows)
+  name, last = list(views.items())[-1]
+  head = ["", *(f"{p} {g} R@{k}" for p, g, k in COLUMNS), "own share", "‖Δ‖ i,t"]
+  body = [[row, *_summary_cells(view)] for row, view in views.items()]
+  lines = _markdown(head, body)
+  lines += ["", f"R@1 of *{name}* by direction:", ""]
+  head = ["query", *(f"{p} → {m}" for p in POOLS for m in MODALITIES)]
+  body = [[m, *_direction_cells(last, q)] for q, m in enumerate(MODALITIES)]
+  lines += _markdown(head, body)
+  for line in _notes(views):
+    lines += ["", line]
+  return "\n".join(lines) + "\n"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
+  rule = ["---", *["---:"] * (len(head) - 1)]
+  return ["| " + " | ".join(row) + " |" for row in [head, rule, *body]]
+
+
+def _views(rows: Mapping[str, Mapping]) -> dict[str, Mapping]:
+  if not rows:
+    raise ValueError("no rows to render")
+  return {
+    name: next((row[view] for view in VIEWS if view in row), row)
+    for name, row in rows.items()
+  }
+
+
+def _number(value: float | None, form: str = ".1f") -> str:
+  return EMPTY if value is None else format(value, form)
+
+
+def _summary_cells(view: Mapping) -> list[str]:
+  recalls = [_number(view[p][g][f"R@{k}"]) for p, g, k in COLUMNS]
+  gap = _number(view["gap"]["delta"]["i-t"], ".2f")
+  return [*recalls, _number(view["own_share"]["mean"]), gap]
+
+
+def _table(title: str) -> Table:
+  return Table(
+    title=title,
+    box=box.SIMPLE_HEAD,
+    title_justify="left",
+    title_style="",
+    header_style="",
+    padding=(0, 1, 0, 0),
+    pad_edge=False,
+  )
+
+
+def _summary(views: Mapping[str, Mapping]) -> Table:
+  table = _table("Recall in %: means over same- and other-modality directions")
+  table.add_column("", overflow="fold", max_width=26)
+  for pool, group, k in COLUMNS:
+    table.add_column(f"{pool}\n{group}\nR@{k}", justify="right", no_wrap=True)
+  table.add_column("\nown\nshare", justify="right", no_wrap=True)
+  table.add_column("gap\n‖Δ‖\ni,t", justify="right", no_wrap=True)
+  for name, view in views.items():
+    table.add_row(_escape(name), *_summary_cells(view))
+  return table
+
+
+def _escape(name: str) -> str:
+  return name.replace("[", r"\[")
+
+
+def _direction_cells(view: Mapping, q: int) -> list[str]:
+  out = []
+  for pool in POOLS:
+    for c in range(3):
+      cell = view[pool]["cells"][cell_name(q, c)]
+      mark = "†" if cell["marked"] else ""
+      out.append(_number(cell["R@1"]) + mark)
+  return out
+
+
+def _directions(name: str, view: Mapping) -> Table:
+  table = _table(f"R@1 in % by direction: {_escape(name)}")
+  table.add_column("query", no_wrap=True)
+  for pool in POOLS:
+    for modality in MODALITIES:
+      table.add_column(f"{pool}\n→ {modality}", justify="right", no_wrap=True)
+  table.add_column("own\nshare", justify="right", no_wrap=True)
+  for q, modality in enumerate(MODALITIES):
+    share = _number(view["own_share"][modality])
+    table.add_row(modality, *_direction_cells(view, q), share)
+  return table
+
+
+def _notes(views: Mapping[str, Mapping]) -> list[str]:
+  """The lines under the tables: sizes, chance, what a difference means, footnotes."""
+  view = list(views.values())[-1]
+  cells = [cell for pool in POOLS for cell in view[pool]["cells"].values()]
+  lines = [_sizes(view), *_chance(view), _difference(views), _gap(views)]
+  even = [x for x in view["own_share"]["no_bias"].values() if x is not None]
+  if even:
+    lines.append(
+      "Own share: how much of a global top 10 is of the query's modality, in %;"
+      f" {sum(even) / len(even):.0f} = no bias, 100 = segregated."
+    )
+  if any(cell["marked"] for cell in cells):
+    lines.append(
+      "† the query picture is a crop of the document's (no second picture):"
+      " left out of the means."
+    )
+  if any(cell["queries"] == 0 for cell in cells):
+    lines.append(f"{EMPTY} no such queries in this data.")
+  return lines
+
+
+def _sizes(view: Mapping) -> str:
+  counts = view["items"]
+  cells = [cell for pool in POOLS for cell in view[pool]["cells"].values()]
+  queries = sorted({cell["queries"] for cell in cells if cell["queries"]}) or [0]
+  asked = f"{queries[0]:,}" + (f" to {queries[-1]:,}" if len(queries) > 1 else "")
+  parts = [f"{counts['items']:,} items; {asked} queries a direction"]
+  for key, words in (
+    ("bad_records", "records could not be read"),
+    ("bad_images", "pictures could not be read"),
+    ("one_caption", "items have one caption only"),
+    ("dropped_text_queries", "items ask no text: their captions are documents"),
+  ):
+    if counts.get(key):
+      parts.append(f"{counts[key]:,} {words}")
+  return "; ".join(parts) + "."
+
+
+def _chance(view: Mapping) -> list[str]:
+  pools = {}
+  for name in POOLS:
+    cells = [cell for cell in view[name]["cells"].values() if cell["queries"]]
+    if cells:
+      pools[name] = max(cells, key=lambda cell: cell["pool"])
+  if not pools:
+    return []
+  size = max(cell["pool"] for cell in pools.values())
+  chance = next(c["chance"] for c in pools.values() if c["pool"] == size)
+  line = (
+    f"Pools of {size:,}; chance: R@1 {chance['R@1']:.2g}, R@10 {chance['R@10']:.2g}."
+  )
+  spread = view["global"]["other"]
+  bounds = spread["interval"]["R@10"]
+  if bounds:
+    line += (
+      f" Global other R@10 {spread['R@10']:.1f}"
+      f" [{bounds[0]:.1f}, {bounds[1]:.1f}] (95 %, bootstrap over queries)."
+    )
+  return [line]
+
+
+def _gap(views: Mapping[str, Mapping]) -> str:
+  """All pairs of modalities of the last row."""
+  name, view = list(views.items())[-1]
+  words = []
+  for key, title in (
+    ("delta", "‖Δ‖ of the means"),
+    ("cosine", "their cosine"),
+    ("pair_cosine", "true pairs' mean cosine"),
+  ):
+    pairs = view["gap"][key].items()
+    parts = [f"{pair} {_number(value, '.2f')}" for pair, value in pairs]
+    words.append(f"{title} {', '.join(parts)}")
+  return f"Modality gap ({name}): {'; '.join(words)}."
+
+
+def _difference(views: Mapping[str, Mapping]) -> str:
+  """How large a difference between two rows means something."""
+  worst = 0.0
+  for pool, group, k in COLUMNS:
+    errors = sorted(view[pool][group]["se"][f"R@{k}"] or 0 for view in views.values())
+    # One row alone is compared with another run of the same kind.
+    a, b = (errors * 2)[-2:] if len(errors) == 1 else errors[-2:]
+    worst = max(worst, 2 * (a * a + b * b) ** 0.5)
+  return (
+    f"A difference means something above {worst:.1f} points (two standard errors, the"
+    f" widest column's); trained seeds differ by up to {SEED_POINTS} points."
+  )
