@@ -1,0 +1,95 @@
+"""The image processor and the tokenizer of one model, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gcl_jax.errors import UserError
+from gcl_jax.processing.image import ImageProcessor
+from gcl_jax.processing.tokenizer import Tokenizer
+
+_IMAGE_FILE = "preprocessor_config.json"
+_NESTED_FILE = "processor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+  """What turns pictures and texts into a model's inputs."""
+
+  image: ImageProcessor
+  tokenizer: Tokenizer
+
+  @classmethod
+  def from_folder(cls, folder: str | os.PathLike) -> Processor:
+    """Reads a Hugging Face CLIP folder, as saved by transformers 4 or 5.
+
+    A `processor_config.json` that holds the image processor wins over
+    `preprocessor_config.json`, as in transformers.
+
+    Raises:
+      UserError: names the file that is missing or not understood.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+      raise UserError(f"no folder {folder}. Give the folder of a Hugging Face CLIP.")
+    settings, where = _image_settings(folder)
+    return cls(
+      ImageProcessor.from_dict(settings, str(where)), Tokenizer.from_folder(folder)
+    )
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes what `CLIPProcessor.from_pretrained` and `AutoProcessor` load.
+
+    The image settings go to `preprocessor_config.json`, which every version of
+    transformers reads; a `processor_config.json` that lies there already would win
+    over it and is therefore rewritten to say the same.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = self.image.to_dict()
+    _write(folder / _IMAGE_FILE, settings | {"processor_class": "CLIPProcessor"})
+    if (folder / _NESTED_FILE).exists():
+      nested = {"image_processor": settings, "processor_class": "CLIPProcessor"}
+      _write(folder / _NESTED_FILE, nested)
+    self.tokenizer.save(folder)
+
+
+def default_clip_processor(image_size: int, tokenizer: Tokenizer) -> Processor:
+  """CLIP's own settings (bicubic, its mean and standard deviation) at any size."""
+  return Processor(
+    ImageProcessor(shortest_edge=image_size, crop_size=image_size), tokenizer
+  )
+
+
+def _image_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+  for name in (_NESTED_FILE, _IMAGE_FILE):
+    path = folder / name
+    if not path.is_file():
+      continue
+    try:
+      settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise UserError(f"{path} cannot be read: {error}. {_mend()}") from error
+    if not isinstance(settings, dict):
+      raise UserError(f"{path} does not hold a JSON object. {_mend()}")
+    # Older processor_config.json files hold no image settings.
+    if name == _IMAGE_FILE or "image_processor" in settings:
+      return settings, path
+  raise UserError(
+    f"no image processor settings in {folder}: {_IMAGE_FILE} is missing. {_mend()}"
+  )
+
+
+def _mend() -> str:
+  return (
+    f"Copy {_IMAGE_FILE} from the original model there, or write it with "
+    "CLIPImageProcessor.save_pretrained."
+  )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
