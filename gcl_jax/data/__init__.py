@@ -1,1 +1,18 @@
+"""Record sources, and the pipeline that turns one of them into batches of arrays."""
 
+from gcl_jax.data.pair_ids import collapse, pair_ids
+from gcl_jax.data.pipeline import Pipeline
+from gcl_jax.data.record import BadRecord, Record, Source
+from gcl_jax.data.settings import DataSettings
+from gcl_jax.data.sources import open_source
+
+__all__ = [
+  "BadRecord",
+  "DataSettings",
+  "Pipeline",
+  "Record",
+  "Source",
+  "collapse",
+  "open_source",
+  "pair_ids",
+]

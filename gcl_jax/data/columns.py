@@ -1,0 +1,116 @@
+"""From a row of a table to a record's images, texts, group and id."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from gcl_jax.data.record import BadRecord
+from gcl_jax.data.settings import DataSettings, nearest
+from gcl_jax.data.table_formats import Row
+from gcl_jax.errors import UserError
+
+SPLIT_COLUMN = "split"
+_DRIVE = re.compile(r"^[A-Za-z]:")
+
+
+class Columns:
+  """Which column of a table is what. Names come from the config.
+
+  `image` may also be called `images`, as in `captions.jsonl`.
+  """
+
+  def __init__(self, settings: DataSettings):
+    self.image = (settings.image_column,)
+    if settings.image_column == DataSettings.image_column:
+      self.image = ("image", "images")
+    self.caption = settings.caption_column
+    self.group = settings.group_column
+    self.id = settings.id_column
+    defaults = DataSettings.group_column, DataSettings.id_column
+    named = (settings.group_column, settings.id_column)
+    self._demanded = [
+      name for name, usual in zip(named, defaults, strict=True) if name != usual
+    ]
+
+  def check(self, present: Collection[str], where: str) -> None:
+    """Raises UserError when a table with the columns `present` lacks one we need."""
+    needed = [
+      (self.image, "config.data.image_column"),
+      (self.caption, "config.data.caption_column"),
+      *(((name,), "config.data.group_column or id_column") for name in self._demanded),
+    ]
+    for names, field in needed:
+      if not any(name in present for name in names):
+        raise UserError(
+          f'{where} has no column "{names[0]}"{nearest(names[0], present)} Columns '
+          f"there: {', '.join(sorted(map(str, present)))}. Name the right one in "
+          f"{field}"
+        )
+
+  def images(self, row: Row) -> list[str]:
+    """Names of the pictures as written. Raises BadRecord."""
+    names = []
+    for name in _strings(row, self.image, "image"):
+      if os.path.isabs(name) or _DRIVE.match(name) or ".." in re.split(r"[/\\]", name):
+        raise BadRecord(f'image "{name[:80]}" leads out of the data folder')
+      names.append(name)
+    return names
+
+  def texts(self, row: Row) -> list[str]:
+    """The captions, blank ones left out. Raises BadRecord."""
+    return _strings(row, self.caption, "caption")
+
+  def group_of(self, row: Row, images: list[str], record_id: str) -> str:
+    """The group's name: stored, else the first picture's as written, else the id."""
+    stored = row.get(self.group)
+    if stored is None or stored == "":
+      return images[0] if images else record_id
+    return str(stored)
+
+  def id_of(self, row: Row, index: int) -> str:
+    """The record's id: stored, else its place in the table."""
+    stored = row.get(self.id)
+    return f"row-{index}" if stored is None or stored == "" else str(stored)
+
+  def meta(self, row: Row) -> dict[str, Any]:
+    """What the row holds beyond what a record has fields for."""
+    used = {*self.image, *self.caption, self.group, self.id, SPLIT_COLUMN}
+    return {name: value for name, value in row.items() if name not in used}
+
+  def parse(self, row: Row) -> tuple[list[str], list[str]]:
+    """Images and texts. Raises BadRecord when there is neither, or a column lacks."""
+    images, texts = self.images(row), self.texts(row)
+    if not images and not texts:
+      raise BadRecord("neither an image nor a caption")
+    return images, texts
+
+
+def split_of(row: Row) -> str:
+  """The row's stored split; "" where there is none."""
+  stored = row.get(SPLIT_COLUMN)
+  return "" if stored is None else str(stored).strip()
+
+
+def _strings(row: Row, names: Iterable[str], what: str) -> list[str]:
+  present = [name for name in names if name in row]
+  if not present:
+    raise BadRecord(f"no {what}: it lacks the column {' or '.join(names)}")
+  found = []
+  for name in present:
+    value = row[name]
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+      if entry is None:
+        continue
+      if not isinstance(entry, str):
+        raise BadRecord(f'"{name}" holds a {type(entry).__name__} and not a text')
+      if not entry.isascii():
+        try:
+          entry.encode()
+        except UnicodeEncodeError as error:
+          raise BadRecord(f'"{name}" holds half a character: {error}') from error
+      if entry.strip():
+        found.append(entry)
+  return found
