@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 
 from gcl_jax.errors import UserError
@@ -69,6 +70,43 @@ def scalars(result: Mapping) -> dict[str, float]:
     for pair, delta in part["gap"]["delta"].items():
       out[f"{view}.gap.{pair}"] = delta
   return {name: value for name, value in out.items() if value is not None}
+
+
+def choose_step(folder: str | os.PathLike, step: str | int, metric: str) -> int:
+  """The step of a run's folder that is meant.
+
+  Args:
+    folder: of a run with checkpoints.
+    step: "latest", "best" or a number.
+    metric: what "best" is judged by; see `metric_names`.
+
+  Raises UserError where there is no such checkpoint, or none was evaluated.
+  """
+  from gcl_jax.checkpoints import Checkpoints, read_results
+
+  checkpoints = Checkpoints(folder)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  if not steps:
+    raise UserError(f"{folder} holds no whole checkpoint: train it first")
+  if step == "latest":
+    return steps[-1]
+  if step == "best":
+    check_metric(metric)
+    results = read_results(folder)
+    scores = {s: best_metric(results[s], metric) for s in steps if s in results}
+    if not scores:
+      raise UserError(
+        f"no checkpoint of {folder} was evaluated while it trained: choose latest or"
+        f" one of {', '.join(map(str, steps))}"
+      )
+    return max(scores, key=lambda s: (scores[s], s))
+  if str(step).isdecimal() and int(step) in steps:
+    return int(step)
+  raise UserError(
+    f"{folder} has no checkpoint of step {step}: choose latest, best or one of"
+    f" {', '.join(map(str, steps))}"
+  )
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -169,7 +169,8 @@ def mirrored_crop(image: Image.Image, crop: tuple[float, float, float]) -> Image
 
 def _digest(name: str) -> bytes:
   # Salted, so that the choices do not depend on the hash that split the source.
-  return hashlib.sha256(f"gcl_jax/evaluation/{name}".encode()).digest()
+  salted = f"gcl_jax/evaluation/{name}".encode("utf-8", "replace")
+  return hashlib.sha256(salted).digest()
 
 
 def _groups(source: Any) -> tuple[dict[str, list[int]], int]:
@@ -244,8 +245,11 @@ def _pictures(records: Sequence[int], images: list[Sequence]) -> list[Reference]
   by_record = dict(zip(records, images, strict=True))
   seen: dict[Any, Reference] = {}
   for reference in references:
-    picture = by_record[reference.record][reference.index]
-    seen.setdefault(_picture_name(picture), reference)
+    try:
+      name = _picture_name(by_record[reference.record][reference.index])
+    except (ValueError, OSError):
+      name = reference  # unreadable: counted when it is embedded
+    seen.setdefault(name, reference)
   return list(seen.values())
 
 
@@ -292,7 +296,11 @@ def _picture_content(picture: Any) -> Any:
 
 
 def _load_content(source: Any, reference: Reference) -> Any:
-  return _picture_content(source[reference.record]["images"][reference.index])
+  """`_picture_content` of a reference; itself where it cannot be read."""
+  try:
+    return _picture_content(source[reference.record]["images"][reference.index])
+  except (ValueError, OSError):
+    return reference
 
 
 def _document_pictures(source: Any, drafts: list[_Draft]) -> set:

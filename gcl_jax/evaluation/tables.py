@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Mapping
-from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -22,51 +21,51 @@ ASCII = str.maketrans({"→": ">", "—": "-", "†": "+", "±": "~", "‖": "|"
 
 
 def rows_of(name: str, result: Mapping) -> dict[str, Mapping]:
-  """A result's table rows: `name`, and `name + centring` where it was computed."""
+  """A result's views as rows: `name`, and `name + centring` where it was computed."""
   names = {"plain": name, "centered": f"{name} + centring"}
   return {names[view]: result[view] for view in VIEWS if view in result}
 
 
-def render(
-  rows: Mapping[str, Mapping], *, file: TextIO | None = None, quiet: bool = False
-) -> str:
-  """Prints and returns the tables; at most 100 columns wide, the same in a pipe.
+def render(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
+  """The tables as plain text, at most 100 columns wide, the same in a pipe.
+
+  A summary of all rows, and the last given row by direction.
 
   Args:
     rows: name -> result of `evaluate_nine`, or one of its views (result["centered"]).
-      A result stands for its plain view; `rows_of` gives both.
-    file: where to print; standard output by default.
-    quiet: only return the text.
+      A result stands for its plain view.
+    center: add a row for the last result after centring, where it was computed.
 
-  Raises ValueError without rows.
+  Where standard output cannot show →, —, † and ‖Δ‖, ASCII stands for them. Raises
+  ValueError without rows.
   """
-  views = _views(rows)
-  name, last = list(views.items())[-1]
+  shown = _views(rows, center)
+  name = list(rows)[-1]
   console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
-  console.print(_summary(views))
-  console.print(_directions(name, last))
-  for line in _notes(views):
+  console.print(_summary(shown))
+  console.print(_directions(name, shown[name]))
+  for line in _notes(shown, name):
     console.print(line, markup=False, highlight=False)
   text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-  if not quiet:
-    file = sys.stdout if file is None else file
-    utf = (getattr(file, "encoding", None) or "utf-8").lower().startswith("utf")
-    print(text if utf else text.translate(ASCII), file=file)
-  return text
+  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+  return text if encoding.lower().startswith("utf") else text.translate(ASCII)
 
 
-def to_markdown(rows: Mapping[str, Mapping]) -> str:
-  """The same tables in Markdown. `rows` as in `render`."""
-  views = _views(rows)
-  name, last = list(views.items())[-1]
+def to_markdown(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
+  """The same tables in Markdown. Arguments as in `render`."""
+  shown = _views(rows, center)
+  name = list(rows)[-1]
   head = ["", *(f"{p} {g} R@{k}" for p, g, k in COLUMNS), "own share", "‖Δ‖ i,t"]
-  body = [[row, *_summary_cells(view)] for row, view in views.items()]
+  body = [[row, *_summary_cells(view)] for row, view in shown.items()]
   lines = _markdown(head, body)
   lines += ["", f"R@1 of *{name}* by direction:", ""]
-  head = ["query", *(f"{p} → {m}" for p in POOLS for m in MODALITIES)]
-  body = [[m, *_direction_cells(last, q)] for q, m in enumerate(MODALITIES)]
+  head = ["query", *(f"{p} → {m}" for p in POOLS for m in MODALITIES), "own share"]
+  body = []
+  for q, modality in enumerate(MODALITIES):
+    share = _number(shown[name]["own_share"][modality])
+    body.append([modality, *_direction_cells(shown[name], q), share])
   lines += _markdown(head, body)
-  for line in _notes(views):
+  for line in _notes(shown, name):
     lines += ["", line]
   return "\n".join(lines) + "\n"
 
@@ -76,13 +75,16 @@ def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
   return ["| " + " | ".join(row) + " |" for row in [head, rule, *body]]
 
 
-def _views(rows: Mapping[str, Mapping]) -> dict[str, Mapping]:
+def _views(rows: Mapping[str, Mapping], center: bool) -> dict[str, Mapping]:
+  """Row name -> view, with the centred view of the last row where it is asked for."""
   if not rows:
     raise ValueError("no rows to render")
-  return {
+  views = {
     name: next((row[view] for view in VIEWS if view in row), row)
     for name, row in rows.items()
   }
+  name, last = list(rows.items())[-1]
+  return views | rows_of(name, last) if center else views
 
 
 def _number(value: float | None, form: str = ".1f") -> str:
@@ -146,11 +148,14 @@ def _directions(name: str, view: Mapping) -> Table:
   return table
 
 
-def _notes(views: Mapping[str, Mapping]) -> list[str]:
-  """The lines under the tables: sizes, chance, what a difference means, footnotes."""
-  view = list(views.values())[-1]
+def _notes(views: Mapping[str, Mapping], name: str) -> list[str]:
+  """The lines under the tables: sizes, chance, what a difference means, footnotes.
+
+  They are about the row `name`.
+  """
+  view = views[name]
   cells = [cell for pool in POOLS for cell in view[pool]["cells"].values()]
-  lines = [_sizes(view), *_chance(view), _difference(views), _gap(views)]
+  lines = [_sizes(view), *_chance(view), _difference(views), _gap(name, view)]
   even = [x for x in view["own_share"]["no_bias"].values() if x is not None]
   if even:
     lines.append(
@@ -207,9 +212,7 @@ def _chance(view: Mapping) -> list[str]:
   return [line]
 
 
-def _gap(views: Mapping[str, Mapping]) -> str:
-  """All pairs of modalities of the last row."""
-  name, view = list(views.items())[-1]
+def _gap(name: str, view: Mapping) -> str:
   words = []
   for key, title in (
     ("delta", "‖Δ‖ of the means"),
