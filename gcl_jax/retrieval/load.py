@@ -1,0 +1,50 @@
+"""`gcl_jax.load`: an `Embedder` from wherever a model lies."""
+
+from __future__ import annotations
+
+import os
+
+from jax.sharding import Mesh
+
+from gcl_jax.errors import UserError
+from gcl_jax.models import build, local_folder, read_pretrained
+from gcl_jax.processing import Processor
+from gcl_jax.retrieval.embedder import Embedder
+
+
+def load(
+  source: str | os.PathLike,
+  *,
+  step: int | None = None,
+  dtype: str = "float32",
+  mesh: Mesh | None = None,
+  batch_size: int = 64,
+) -> Embedder:
+  """A model ready to embed.
+
+  Args:
+    source: a run's folder (`--workdir` of a training), a Hugging Face CLIP folder, or
+      the id of one on the hub.
+    step: of a run, which checkpoint; None is the newest.
+    dtype: in which a Hugging Face model computes; a run keeps its own.
+    mesh: by default one of all local devices.
+    batch_size: the most documents at once, over all devices.
+
+  Raises:
+    UserError: nothing of the kind is there, a file is missing or does not fit, or the
+      hub cannot be reached; says how to mend it.
+  """
+  from gcl_jax.checkpoints import is_run, read_run  # Orbax: slow to import
+
+  if is_run(source):
+    model, params, processor, config = read_run(source, step)
+  elif step is not None:
+    raise UserError(f"{source} is not a run's folder: it has no step {step}.")
+  else:
+    folder = local_folder(source)
+    processor = Processor.from_folder(folder)  # before the weights: quick to fail
+    config, fusion, params = read_pretrained(folder)
+    model = build(config, fusion=fusion, dtype=dtype)
+  return Embedder(
+    model, params, processor, mesh=mesh, batch_size=batch_size, config=config
+  )
