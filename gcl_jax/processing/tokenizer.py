@@ -302,8 +302,7 @@ def _read_special_tokens(
     if config.get(key) is None:
       continue
     token = _token(config[key])
-    token = known.setdefault(token.content, token)
-    token.special = True
+    known.setdefault(token.content, token)
     config[key] = token.content
   for token in map(_token, extra):
     known.setdefault(token.content, token)

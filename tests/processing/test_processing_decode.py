@@ -106,8 +106,9 @@ def test_sixteen_bit_grey_is_scaled():
     content = encoded(Image.fromarray(values), format)
     assert rgb(content)[0, :, 0].tolist() == want, format
     assert rgb(content)[0, :, 2].tolist() == want, format
-  dark = encoded(Image.fromarray(np.full((1, 1), 200, np.uint16)), "PNG")
-  assert rgb(dark)[0, 0, 0] == 1  # not 200: the file says sixteen bits
+  for format in ("PNG", "PPM"):  # not 200: the file says sixteen bits
+    dark = encoded(Image.fromarray(np.full((1, 1), 200, np.uint16)), format)
+    assert rgb(dark)[0, 0, 0] == 1
 
 
 def test_sixteen_bit_grey_with_a_transparent_value():
