@@ -41,7 +41,7 @@ class Item:
     document_picture, document_caption: None where the item has none.
     query_picture: another picture; None: a crop of the document picture instead.
     query_caption: another caption, or None. With one caption only it is that one.
-    one_caption: the item has one caption only.
+    one_caption: `query_caption` is the item's only one, its document's.
     crop: left edge, top edge and area of the crop as fractions of their ranges.
   """
 
@@ -314,8 +314,8 @@ def _document_pictures(source: Any, drafts: list[_Draft]) -> set:
 
 
 def _query_caption(draft: _Draft, captions: Counter) -> tuple[str | None, bool]:
-  """The caption to ask with, None where every one is some item's document caption;
-  and whether the item has one caption only."""
+  """The caption to ask with, None where every one is another item's document caption;
+  and whether it is the item's only one."""
   if draft.caption is None:
     return None, False
   one_caption = True
@@ -325,7 +325,7 @@ def _query_caption(draft: _Draft, captions: Counter) -> tuple[str | None, bool]:
       return text, False
   if one_caption and captions[caption_key(draft.caption)] == 1:
     return draft.caption, True
-  return None, one_caption
+  return None, False
 
 
 def _item(source: Any, draft: _Draft, captions: Counter, pictures: set) -> Item:

@@ -17,7 +17,7 @@ WIDTH = 100  # columns
 EMPTY = "—"
 SEED_POINTS = 3  # by how much seeds of one training run were seen to differ
 COLUMNS = tuple((p, g, k) for p in POOLS for g in ("same", "other") for k in (1, 10))
-ASCII = str.maketrans({"→": ">", "—": "-", "†": "+", "±": "~", "‖": "|", "Δ": "D"})
+ASCII = str.maketrans({"→": ">", "—": "-", "†": "+", "‖": "|", "Δ": "D", "─": "-"})
 
 
 def rows_of(name: str, result: Mapping) -> dict[str, Mapping]:
@@ -179,13 +179,13 @@ def _sizes(view: Mapping) -> str:
   asked = f"{queries[0]:,}" + (f" to {queries[-1]:,}" if len(queries) > 1 else "")
   parts = [f"{counts['items']:,} items; {asked} queries a direction"]
   for key, words in (
-    ("bad_records", "records could not be read"),
-    ("bad_images", "pictures could not be read"),
-    ("one_caption", "items have one caption only"),
-    ("dropped_text_queries", "items ask no text: their captions are documents"),
+    ("bad_records", "unreadable records"),
+    ("bad_images", "unreadable pictures"),
+    ("one_caption", "items with one caption only"),
+    ("dropped_text_queries", "items without text queries, as documents say the same"),
   ):
     if counts.get(key):
-      parts.append(f"{counts[key]:,} {words}")
+      parts.append(f"{words}: {counts[key]:,}")
   return "; ".join(parts) + "."
 
 
@@ -227,13 +227,21 @@ def _gap(name: str, view: Mapping) -> str:
 
 def _difference(views: Mapping[str, Mapping]) -> str:
   """How large a difference between two rows means something."""
-  worst = 0.0
-  for pool, group, k in COLUMNS:
-    errors = sorted(view[pool][group]["se"][f"R@{k}"] or 0 for view in views.values())
-    # One row alone is compared with another run of the same kind.
-    a, b = (errors * 2)[-2:] if len(errors) == 1 else errors[-2:]
-    worst = max(worst, 2 * (a * a + b * b) ** 0.5)
+  errors = {column: _two_errors(views, *column) for column in COLUMNS}
+  headline = errors["global", "other", 10]
   return (
-    f"A difference means something above {worst:.1f} points (two standard errors, the"
-    f" widest column's); trained seeds differ by up to {SEED_POINTS} points."
+    f"A difference between two rows means something above {headline:.1f} points in"
+    f" global other R@10, {max(errors.values()):.1f} in the widest column (two standard"
+    f" errors); seeds of one training differ by up to {SEED_POINTS} points besides."
   )
+
+
+def _two_errors(views: Mapping[str, Mapping], pool: str, group: str, k: int) -> float:
+  """Two standard errors of the difference of the two rows with the largest errors.
+
+  As if the rows had asked different items: on the same items it is less.
+  """
+  errors = sorted(view[pool][group]["se"][f"R@{k}"] or 0 for view in views.values())
+  # One row alone is compared with another of its kind.
+  a, b = (errors * 2)[-2:] if len(errors) == 1 else errors[-2:]
+  return 2 * (a * a + b * b) ** 0.5
