@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -13,7 +12,6 @@ from gcl_jax.data.table_formats import Row
 from gcl_jax.errors import UserError
 
 SPLIT_COLUMN = "split"
-_DRIVE = re.compile(r"^[A-Za-z]:")
 
 
 class Columns:
@@ -52,11 +50,10 @@ class Columns:
 
   def images(self, row: Row) -> list[str]:
     """Names of the pictures as written. Raises BadRecord."""
-    names = []
-    for name in _strings(row, self.image, "image"):
-      if os.path.isabs(name) or _DRIVE.match(name) or ".." in re.split(r"[/\\]", name):
+    names = _strings(row, self.image, "image")
+    for name in names:
+      if _leads_out(name):
         raise BadRecord(f'image "{name[:80]}" leads out of the data folder')
-      names.append(name)
     return names
 
   def texts(self, row: Row) -> list[str]:
@@ -92,6 +89,12 @@ def split_of(row: Row) -> str:
   """The row's stored split; "" where there is none."""
   stored = row.get(SPLIT_COLUMN)
   return "" if stored is None else str(stored).strip()
+
+
+def _leads_out(name: str) -> bool:
+  if name[0] in "/\\" or name[1:2] == ":":
+    return True
+  return ".." in name and ".." in re.split(r"[/\\]", name)
 
 
 def _strings(row: Row, names: Iterable[str], what: str) -> list[str]:

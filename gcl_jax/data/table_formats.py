@@ -7,6 +7,7 @@ then gives any row by its place.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -107,16 +108,8 @@ class JsonArrayTable:
   columns = None
 
   def __init__(self, path: Path):
-    try:
-      rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-      raise UserError(
-        f"{path} is not JSON ({error}). An array [{{...}}, ...] is needed, or one "
-        "object a line"
-      ) from error
-    if not isinstance(rows, list):
-      raise UserError(f"{path} holds no JSON array of objects")
-    self._rows = rows
+    stat = path.stat()
+    self._rows = _array(path, stat.st_size, stat.st_mtime_ns)
 
   def scan(self) -> Iterator[Line]:
     for place, row in enumerate(self._rows):
@@ -128,6 +121,21 @@ class JsonArrayTable:
   def read(self, offset: int, length: int) -> Row:
     del length
     return self._rows[offset]
+
+
+@functools.lru_cache(maxsize=1)  # the splits of one table share its rows
+def _array(path: Path, size: int, changed: int) -> list[Any]:
+  del size, changed  # parts of the key
+  try:
+    rows = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise UserError(
+      f"{path} is not JSON ({error}). An array [{{...}}, ...] is needed, or one object "
+      "a line"
+    ) from error
+  if not isinstance(rows, list):
+    raise UserError(f"{path} holds no JSON array of objects")
+  return rows
 
 
 class DelimitedTable:
@@ -157,16 +165,14 @@ class DelimitedTable:
     with open(self._path, "rb") as file:
       file.seek(offset)
       while raw := file.readline():
-        lines = 1
+        lines, fields = 1, None
         row, error = None, ""
         if b'"' in raw:
-          longer, lines = self._to_closing_quote(file, raw)
-          if lines == 1:
-            file.seek(offset + len(raw))
-          raw = longer
+          raw, lines, fields = self._to_closing_quote(file, raw)
+          file.seek(offset + len(raw))  # it looks ahead
         if raw.strip():
           try:
-            row = self._row(raw)
+            row = self._row(raw, fields)
           except BadRecord as problem:
             error = str(problem)
           yield Line(number, offset, len(raw), row, error)
@@ -175,31 +181,35 @@ class DelimitedTable:
   def read(self, offset: int, length: int) -> Row:
     return self._row(self._file.read(offset, length))
 
-  def _to_closing_quote(self, file, first: bytes) -> tuple[bytes, int]:
-    """The record that begins with the line `first`, and how many lines it has."""
+  def _to_closing_quote(
+    self, file, first: bytes
+  ) -> tuple[bytes, int, list[str] | None]:
+    """The record that begins with the line `first`: bytes, lines, fields if closed."""
     raw, lines, more = first, 1, first
     while True:
       if b'"' in more:
         try:
-          self._split(raw.decode("utf-8", "replace"), strict=True)
-          return raw, lines
+          return raw, lines, self._split(raw.decode(), strict=True)
+        except UnicodeDecodeError:
+          return first, 1, None
         except csv.Error as error:
           if "unexpected end of data" not in str(error):
-            return first, 1
+            return first, 1, None
       more = file.readline()
       if not more or len(raw) > _MAX_QUOTED:
-        return first, 1
+        return first, 1, None
       raw, lines = raw + more, lines + 1
 
-  def _row(self, raw: bytes) -> Row:
-    try:
-      text = raw.decode()
-    except UnicodeDecodeError as error:
-      raise BadRecord(f"not UTF-8 ({error.reason})") from error
-    try:
-      fields = self._split(text, strict=True)
-    except csv.Error:
-      fields = self._split_loosely(text)
+  def _row(self, raw: bytes, fields: list[str] | None = None) -> Row:
+    if fields is None:
+      try:
+        text = raw.decode()
+      except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 ({error.reason})") from error
+      try:
+        fields = self._split(text, strict=True)
+      except csv.Error:
+        fields = self._split_loosely(text)
     if len(fields) != len(self.columns):
       raise BadRecord(f"{len(fields)} fields, the header has {len(self.columns)}")
     return dict(zip(self.columns, fields, strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 from gcl_jax.data.columns import Columns, split_of
 from gcl_jax.data.record import BadRecord
 from gcl_jax.data.splits import group_hash
-from gcl_jax.data.table_formats import JsonArrayTable, Line, Table, describe
+from gcl_jax.data.table_formats import Line, Table, describe
 from gcl_jax.errors import UserError
 
 _VERSION = 1  # raise it when what an index holds changes
@@ -53,14 +53,10 @@ def load_index(
   Raises:
     UserError: a column lacks altogether, or no row can be used.
   """
-  cached = None
-  if not isinstance(table, JsonArrayTable):  # read whole anyway
-    cached = _cache_file(path, columns, composed, cache_dir)
-    index = _read(cached)
-    if index is not None:
-      return index
-  index = _build(table, path, columns, _composed_test(composed))
-  if cached is not None:
+  cached = _cache_file(path, columns, composed, cache_dir)
+  index = _read(cached)
+  if index is None:
+    index = _build(table, path, columns, _composed_test(composed))
     _write(cached, index)
   return index
 

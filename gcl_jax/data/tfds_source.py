@@ -162,8 +162,7 @@ def _open(builder, split: str, image: str):
 def _feature_names(features: Any, prefix: str = "") -> set[str]:
   names = set()
   inner = getattr(features, "feature", features)  # of a Sequence or a Dataset
-  items = inner.items() if isinstance(inner, Mapping) else ()
-  for name, feature in items:
+  for name, feature in inner.items() if hasattr(inner, "items") else ():
     names.add(prefix + name)
     names |= _feature_names(feature, f"{prefix}{name}/")
   return names
