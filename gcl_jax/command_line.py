@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from gcl_jax.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; ends the process."""
+  # The libraries narrate every file that they write; --verbosity=0 shows it.
+  flags.FLAGS.set_default("verbosity", logging.WARNING)
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -25,7 +27,9 @@ def _guarded(main: Callable[[], None]) -> None:
   except UserError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    print(
+      "\nstopped; the same command goes on from the last checkpoint", file=sys.stderr
+    )
     sys.exit(130)
 
 

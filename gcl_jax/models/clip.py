@@ -1,14 +1,16 @@
-"""CLIP in Flax NNX: two towers of stacked blocks, one scanned body each.
+"""CLIP's two towers in flax.nnx, and `Model`, the handle that makes and binds them.
 
-Source: Radford et al. 2021 and the forward pass of transformers' `CLIPModel`, with
-which the tests compare it. Shapes: B rows, S pixels a side, L tokens, W tower width, D
-embedding width.
+Parameters are float32 and live outside the module, as a plain nested dict: the blocks
+of a tower are one block whose arrays have a leading layers axis, and `jax.lax.scan`
+runs over it, so compile time and the compiled program do not grow with depth.
+
+Source: Radford et al., arXiv 2103.00020; numbers equal transformers' `CLIPModel`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,195 +20,262 @@ from jax import Array
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings, Mix, score_fusion
-from gcl_jax.models.config import (
-  LEGACY_EOS_ID,
-  CLIPConfig,
-  TextConfig,
-  VisionConfig,
-)
+from gcl_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
-
-# What the backward pass may keep; None keeps everything.
-REMAT_POLICIES = {
+_policies = jax.checkpoint_policies
+# What the backward pass of a block may keep. "dots" keeps the products with weights and
+# recomputes the rest (attention, activations); "full" keeps the block's input alone.
+REMAT = {
   "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": _policies.nothing_saveable,
+  "dots": _policies.dots_with_no_batch_dims_saveable,
 }
+DTYPES = ("float32", "bfloat16", "float16")
+_MASKED = -1e30  # finite: softmax of a row of these is not NaN
+
+
+def _activate(x: Array, name: str) -> Array:
+  if name == "quick_gelu":
+    return x * jax.nn.sigmoid(1.702 * x)
+  return jax.nn.gelu(x, approximate=name != "gelu")
+
+
+def _linear(inputs: int, outputs: int, std: float, dtype, rngs: nnx.Rngs, bias=True):
+  return nnx.Linear(
+    inputs,
+    outputs,
+    use_bias=bias,
+    dtype=dtype,
+    kernel_init=nnx.initializers.normal(std),
+    rngs=rngs,
+  )
+
+
+def _norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  # The fast variance, E[x²] − E[x]², loses digits where the mean is large.
+  return nnx.LayerNorm(
+    width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs
+  )
+
+
+def _embedding(rows: int, width: int, dtype, rngs: nnx.Rngs) -> nnx.Embed:
+  init = nnx.initializers.normal(0.02)
+  return nnx.Embed(rows, width, dtype=dtype, embedding_init=init, rngs=rngs)
 
 
 class Attention(nnx.Module):
-  """Multi-head self-attention with biases; the softmax is in float32."""
+  """Multi-head self-attention; softmax in float32."""
 
-  def __init__(self, width: int, heads: int, layers: int, dtype, rngs: nnx.Rngs):
-    inner = width**-0.5
-    linear = functools.partial(_linear, width, width, dtype=dtype, rngs=rngs)
-    self.query = linear(std=inner * (2 * layers) ** -0.5)
-    self.key = linear(std=inner * (2 * layers) ** -0.5)
-    self.value = linear(std=inner * (2 * layers) ** -0.5)
-    self.out = linear(std=inner)
-    self.heads = heads
+  def __init__(self, config, causal: bool, dtype, rngs: nnx.Rngs):
+    width = config.width
+    inner = width**-0.5 * (2 * config.layers) ** -0.5
+    self.query = _linear(width, width, inner, dtype, rngs)
+    self.key = _linear(width, width, inner, dtype, rngs)
+    self.value = _linear(width, width, inner, dtype, rngs)
+    self.out = _linear(width, width, width**-0.5, dtype, rngs)
+    self.heads, self.causal = config.heads, causal
 
-  def __call__(self, x: Array, causal: bool) -> Array:
-    """(B, L, W) -> (B, L, W)."""
-    split = (*x.shape[:2], self.heads, -1)
-    q, k, v = (f(x).reshape(split) for f in (self.query, self.key, self.value))
-    return self.out(
-      jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape)
-    )
+  def __call__(self, x: Array) -> Array:
+    """(B, L, width) -> the same."""
+    batch, length, width = x.shape
+
+    def heads(projected: Array) -> Array:
+      # (B, heads, L, head): with both batch axes first the CPU's products are a third
+      # faster than with heads behind the length.
+      split = projected.reshape(batch, length, self.heads, width // self.heads)
+      return split.transpose(0, 2, 1, 3)
+
+    q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+    q = q * (width // self.heads) ** -0.5
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if self.causal:
+      logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, _MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    return self.out(mixed.transpose(0, 2, 1, 3).reshape(batch, length, width))
 
 
 class MLP(nnx.Module):
-  """Up, activation, down."""
+  """Two layers with the config's activation between."""
 
-  def __init__(
-    self, width: int, mlp: int, layers: int, act: str, dtype, rngs: nnx.Rngs
-  ):
-    self.up = _linear(width, mlp, std=(2 * width) ** -0.5, dtype=dtype, rngs=rngs)
-    down = width**-0.5 * (2 * layers) ** -0.5
-    self.down = _linear(mlp, width, std=down, dtype=dtype, rngs=rngs)
-    self.act = act
+  def __init__(self, config, dtype, rngs: nnx.Rngs):
+    width = config.width
+    inner = width**-0.5 * (2 * config.layers) ** -0.5
+    self.fc1 = _linear(width, config.mlp, (2 * width) ** -0.5, dtype, rngs)
+    self.fc2 = _linear(config.mlp, width, inner, dtype, rngs)
+    self.act = config.act
 
   def __call__(self, x: Array) -> Array:
-    """(..., W) -> (..., W)."""
-    return self.down(_ACTIVATIONS[self.act](self.up(x)))
+    """(B, L, width) -> the same."""
+    return self.fc2(_activate(self.fc1(x), self.act))
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm1 x), then x + mlp(norm2 x)."""
 
-  def __init__(self, tower: VisionConfig | TextConfig, dtype, rngs: nnx.Rngs):
-    self.norm1 = _norm(tower, dtype, rngs)
-    self.attention = Attention(tower.width, tower.heads, tower.layers, dtype, rngs)
-    self.norm2 = _norm(tower, dtype, rngs)
-    self.mlp = MLP(tower.width, tower.mlp, tower.layers, tower.act, dtype, rngs)
+  def __init__(self, config, causal: bool, dtype, rngs: nnx.Rngs):
+    self.norm1 = _norm(config.width, config.eps, dtype, rngs)
+    self.attention = Attention(config, causal, dtype, rngs)
+    self.norm2 = _norm(config.width, config.eps, dtype, rngs)
+    self.mlp = MLP(config, dtype, rngs)
 
-  def __call__(self, x: Array, causal: bool) -> Array:
-    """(B, L, W) -> (B, L, W)."""
-    x = x + self.attention(self.norm1(x), causal)
+  def __call__(self, x: Array) -> Array:
+    """(B, L, width) -> the same."""
+    x = x + self.attention(self.norm1(x))
     return x + self.mlp(self.norm2(x))
 
 
-class Tower(nnx.Module):
-  """What both towers share: blocks whose parameters lead with an axis of layers."""
+def _stack(config, causal: bool, dtype, rngs: nnx.Rngs) -> Block:
+  """One block whose every array has a leading axis of `config.layers`."""
 
-  def _make_blocks(self, tower, dtype, remat: str, rngs: nnx.Rngs) -> None:
-    @nnx.split_rngs(splits=tower.layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs):
-      return Block(tower, dtype, rngs)
+  @nnx.split_rngs(splits=config.layers)
+  @nnx.vmap(in_axes=0, out_axes=0)
+  def make(rngs: nnx.Rngs) -> Block:
+    return Block(config, causal, dtype, rngs)
 
-    self.blocks = make(rngs)
-    self.remat = remat
-
-  def _run_blocks(self, x: Array, causal: bool) -> Array:
-    graphdef, state = nnx.split(self.blocks)
-
-    def body(x, layer):
-      # Pure dicts: a Variable of the outer trace cannot be merged inside the scan.
-      return nnx.merge(graphdef, nnx.State(layer))(x, causal), None
-
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, nnx.to_pure_dict(state))[0]
+  return make(rngs)
 
 
-class VisionTower(Tower):
-  """Patches, a class token, blocks; pooled at the class token."""
+def _run(blocks: Block, x: Array, remat: str) -> Array:
+  graphdef, state = nnx.split(blocks)
 
-  def __init__(self, tower: VisionConfig, dtype, remat: str, rngs: nnx.Rngs):
-    key, width = rngs.params, tower.width
-    self.class_embedding = nnx.Param(width**-0.5 * jax.random.normal(key(), (width,)))
-    shape = (tower.patch, tower.patch, 3, width)
-    self.patch_embedding = Kernel(shape, 0.02, rngs)
-    self.position_embedding = Table(tower.positions, width, 0.02, rngs)
-    self.pre_norm = _norm(tower, dtype, rngs)
-    self._make_blocks(tower, dtype, remat, rngs)
-    self.post_norm = _norm(tower, dtype, rngs)
-    self.patch, self.dtype = tower.patch, dtype
+  def step(x: Array, layer: dict[str, Any]) -> tuple[Array, None]:
+    return nnx.merge(graphdef, nnx.State(layer))(x), None
+
+  if remat != "none":
+    step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
+  return jax.lax.scan(step, x, nnx.to_pure_dict(state))[0]
+
+
+class VisionTower(nnx.Module):
+  """Pixels -> the class token's last hidden state, layer-normed."""
+
+  def __init__(self, config: VisionConfig, dtype, remat: str, rngs: nnx.Rngs):
+    width = config.width
+    initial = width**-0.5 * jax.random.normal(rngs.params(), (width,))
+    self.class_embedding = nnx.Param(initial)
+    self.patch_embedding = _linear(
+      3 * config.patch**2, width, 0.02, dtype, rngs, bias=False
+    )
+    self.position_embedding = _embedding(config.positions, width, dtype, rngs)
+    self.pre_norm = _norm(width, config.eps, dtype, rngs)
+    self.blocks = _stack(config, False, dtype, rngs)
+    self.post_norm = _norm(width, config.eps, jnp.float32, rngs)
+    self.config, self.dtype, self.remat = config, dtype, remat
 
   def __call__(self, pixels: Array) -> Array:
-    """Normalised pixels (B, S, S, 3) -> (B, W)."""
-    b, s, _, _ = pixels.shape
-    g, p = s // self.patch, self.patch
-    # A convolution of stride P is one product over flattened patches, row by row.
-    patches = pixels.astype(self.dtype).reshape(b, g, p, g, p, 3)
-    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, g * g, p * p * 3)
-    kernel = self.patch_embedding.kernel[...].astype(self.dtype)
-    x = patches @ kernel.reshape(p * p * 3, -1)
+    """(B, S, S, 3), normalised -> (B, width) float32.
+
+    Raises:
+      ValueError: another size than the config's.
+    """
+    config = self.config
+    size, patch, grid = config.image_size, config.patch, config.grid
+    if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+      raise ValueError(f"pixels {pixels.shape}: this model takes (B, {size}, {size}, 3)")
+    batch = pixels.shape[0]
+    x = pixels[:, : grid * patch, : grid * patch].astype(self.dtype)
+    x = x.reshape(batch, grid, patch, grid, patch * 3).transpose(0, 1, 3, 2, 4)
+    x = self.patch_embedding(x.reshape(batch, grid * grid, 3 * patch**2))
     first = self.class_embedding[...].astype(self.dtype)
-    first = jnp.broadcast_to(first, (b, 1, x.shape[-1]))
+    first = jnp.broadcast_to(first, (batch, 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
     x = x + self.position_embedding.embedding[...].astype(self.dtype)
-    x = self._run_blocks(self.pre_norm(x), causal=False)
+    x = _run(self.blocks, self.pre_norm(x), self.remat)
     return self.post_norm(x[:, 0])
 
 
-class TextTower(Tower):
-  """Tokens, causal blocks; pooled at the end of the text.
+class TextTower(nnx.Module):
+  """Tokens -> the hidden state at the end-of-text token, layer-normed."""
 
-  Causal and pooled at its end, so that what is right of it, and how far the padding
-  reaches, changes nothing.
-  """
-
-  def __init__(self, tower: TextConfig, dtype, remat: str, rngs: nnx.Rngs):
-    self.token_embedding = Table(tower.vocab_size, tower.width, 0.02, rngs)
-    self.position_embedding = Table(tower.context, tower.width, 0.02, rngs)
-    self._make_blocks(tower, dtype, remat, rngs)
-    self.final_norm = _norm(tower, dtype, rngs)
-    self.context, self.eos_id, self.dtype = tower.context, tower.eos_id, dtype
+  def __init__(self, config: TextConfig, dtype, remat: str, rngs: nnx.Rngs):
+    self.token_embedding = _embedding(config.vocab_size, config.width, dtype, rngs)
+    self.position_embedding = _embedding(config.context, config.width, dtype, rngs)
+    self.blocks = _stack(config, True, dtype, rngs)
+    self.final_norm = _norm(config.width, config.eps, jnp.float32, rngs)
+    self.config, self.dtype, self.remat = config, dtype, remat
 
   def __call__(self, tokens: Array) -> Array:
-    """Token ids (B, L) int32, L at most the context -> (B, W)."""
+    """(B, L) ids, L at most the context -> (B, width) float32.
+
+    Attention is causal and only one position is read: what comes after it, and how
+    much of it, changes nothing.
+
+    Raises:
+      ValueError: longer than the context.
+    """
+    config = self.config
+    if tokens.ndim != 2 or tokens.shape[1] > config.context:
+      raise ValueError(f"tokens {tokens.shape}: at most (B, {config.context})")
     length = tokens.shape[1]
-    if length > self.context:
-      raise ValueError(f"{length} tokens, but the model reads {self.context}")
-    x = self.token_embedding.embedding[tokens].astype(self.dtype)
-    x = x + self.position_embedding.embedding[:length].astype(self.dtype)
-    x = self._run_blocks(x, causal=True)
-    if self.eos_id == LEGACY_EOS_ID:
+    positions = self.position_embedding.embedding[:length].astype(self.dtype)
+    x = self.token_embedding(tokens) + positions
+    x = _run(self.blocks, x, self.remat)
+    if config.eos_id == 2:
+      # OpenAI's configs say 2, which their vocabulary does not mean: transformers takes
+      # the largest id there, which is the end of text.
       end = jnp.argmax(tokens, axis=1)
     else:
-      end = jnp.argmax(tokens == self.eos_id, axis=1)
+      end = jnp.argmax(tokens == config.eos_id, axis=1)
     pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
     return self.final_norm(pooled)
 
 
+class FusionWeights(nnx.Module):
+  """The two learned factors of score fusion."""
+
+  def __init__(self, settings: FusionSettings):
+    self.image_weight = nnx.Param(jnp.float32(settings.image_weight))
+    self.text_weight = nnx.Param(jnp.float32(settings.text_weight))
+
+
 class CLIP(nnx.Module):
-  """Both towers, their projections and the logit scale."""
+  """Both towers and their projections.
+
+  Embeddings are float32 and not normalised whatever the compute dtype: the last norms
+  and the projections are computed in float32.
+  """
 
   def __init__(
     self,
     config: CLIPConfig,
-    *,
     fusion: FusionSettings,
     dtype: Any,
     remat: str,
     rngs: nnx.Rngs,
   ):
+    width = config.projection_dim
     self.vision = VisionTower(config.vision, dtype, remat, rngs)
     self.text = TextTower(config.text, dtype, remat, rngs)
-    v, t, d = config.vision.width, config.text.width, config.projection_dim
-    self.image_projection = Kernel((v, d), v**-0.5, rngs)
-    self.text_projection = Kernel((t, d), t**-0.5, rngs)
+    self.image_projection = _linear(
+      config.vision.width, width, config.vision.width**-0.5, jnp.float32, rngs, False
+    )
+    self.text_projection = _linear(
+      config.text.width, width, config.text.width**-0.5, jnp.float32, rngs, False
+    )
     self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init))
-    self.fusion_of = fusion.of
     if fusion.learned:
       self.fusion = FusionWeights(fusion)
-    else:
-      self.fixed_fusion = (fusion.image_weight, fusion.text_weight)
+    self.fusion_settings = fusion
 
   def embed_image(self, pixels: Array) -> Array:
-    """Normalised pixels (B, S, S, 3) -> projected (B, D) float32, not of unit length."""
-    return self.vision(pixels).astype(jnp.float32) @ self.image_projection.kernel[...]
+    """(B, S, S, 3) normalised pixels -> (B, D) float32, not normalised.
+
+    Raises:
+      ValueError: another size than the config's.
+    """
+    return self.image_projection(self.vision(pixels))
 
   def embed_text(self, tokens: Array) -> Array:
-    """Token ids (B, L) int32 -> projected (B, D) float32, not of unit length."""
-    return self.text(tokens).astype(jnp.float32) @ self.text_projection.kernel[...]
+    """(B, L) int32 ids -> (B, D) float32, not normalised.
+
+    L may be anything up to the context: cutting padding after the end of text, or
+    adding it, changes nothing.
+
+    Raises:
+      ValueError: longer than the context.
+    """
+    return self.text_projection(self.text(tokens))
 
   def embed_pair(
     self,
@@ -216,99 +285,65 @@ class CLIP(nnx.Module):
     has_image: Array | None = None,
     has_text: Array | None = None,
   ) -> tuple[Array, Array, Mix]:
-    """Pairs -> unit images (B, D), unit texts (B, D), and the mix that fuses them.
+    """(B, S, S, 3), (B, L) -> unit image (B, D), unit text (B, D), and their `Mix`.
 
-    Args:
-      pixels: normalised, (B, S, S, 3).
-      tokens: (B, L) int32.
-      has_image, has_text: (B,) bool; None where all are there.
+    `has_image`, `has_text`: (B,) bool, None where all are there; see `score_fusion`.
     """
-    if hasattr(self, "fusion"):
+    settings = self.fusion_settings
+    weights = (settings.image_weight, settings.text_weight)
+    if settings.learned:
       weights = (self.fusion.image_weight[...], self.fusion.text_weight[...])
-    else:
-      weights = self.fixed_fusion
     return score_fusion(
       self.embed_image(pixels),
       self.embed_text(tokens),
       image_weight=weights[0],
       text_weight=weights[1],
-      of=self.fusion_of,
+      of=settings.of,
       has_image=has_image,
       has_text=has_text,
     )
 
 
-class Kernel(nnx.Module):
-  """One matrix without a bias."""
-
-  def __init__(self, shape: tuple[int, ...], std: float, rngs: nnx.Rngs):
-    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-
-
-class Table(nnx.Module):
-  """Rows that are looked up."""
-
-  def __init__(self, rows: int, width: int, std: float, rngs: nnx.Rngs):
-    self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, width)))
-
-
-class FusionWeights(nnx.Module):
-  """Learned weights of the two raw embeddings."""
-
-  def __init__(self, fusion: FusionSettings):
-    self.image_weight = nnx.Param(jnp.float32(fusion.image_weight))
-    self.text_weight = nnx.Param(jnp.float32(fusion.text_weight))
-
-
-def _linear(inputs: int, outputs: int, *, std: float, dtype, rngs) -> nnx.Linear:
-  init = nnx.initializers.normal(std)
-  return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
-
-
-def _norm(tower: VisionConfig | TextConfig, dtype, rngs) -> nnx.LayerNorm:
-  # Flax's defaults are another epsilon and a variance that loses digits.
-  return nnx.LayerNorm(
-    tower.width, epsilon=tower.eps, use_fast_variance=False, dtype=dtype, rngs=rngs
-  )
-
-
+@dataclasses.dataclass(frozen=True)
 class Model:
-  """A CLIP without its weights: what turns a nested dict of arrays into functions.
+  """How to make and bind parameters; holds no array. Hashable, not a pytree."""
 
-  Hashable and no pytree, so that a jitted function may close over it. `bind` is free:
-  `jax.jit(lambda params, x: model.bind(params).embed_image(x))`.
-  """
-
-  def __init__(
-    self, config: CLIPConfig, fusion: FusionSettings, dtype: str, remat: str
-  ):
-    self.config, self.fusion, self.dtype, self.remat = config, fusion, dtype, remat
-    abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
-    self.graphdef, state = nnx.split(abstract)
-    self._abstract = nnx.to_pure_dict(state)
-
-  def _create(self, key: Array) -> CLIP:
-    return CLIP(
-      self.config,
-      fusion=self.fusion,
-      dtype=jnp.dtype(self.dtype),
-      remat=self.remat,
-      rngs=nnx.Rngs(params=key),
-    )
+  config: CLIPConfig
+  fusion: FusionSettings
+  dtype: str
+  remat: str
+  graphdef: Any = dataclasses.field(repr=False, compare=False)
+  _shapes: Any = dataclasses.field(repr=False, compare=False)
 
   def init(self, key: Array) -> dict[str, Any]:
-    """Random weights as CLIP draws them: a nested dict of float32 arrays. Jittable."""
-    return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
+    """Random float32 parameters as `CLIPModel` draws them: a plain nested dict.
+
+    A pure function of a `jax.random.key`: jit it, with `out_shardings` to be born
+    sharded. Blocks' arrays have a leading layers axis.
+    """
+    module = _make(self.config, self.fusion, self.dtype, self.remat, key)
+    return nnx.to_pure_dict(nnx.state(module))
 
   def abstract(self) -> dict[str, Any]:
-    """The same tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._abstract
-    )
+    """`jax.ShapeDtypeStruct`s in the place of `init`'s arrays."""
+    return jax.tree.map(lambda leaf: leaf, self._shapes)
 
-  def bind(self, params: dict[str, Any]) -> CLIP:
-    """The module with these weights, inside a traced function or outside."""
+  def bind(self, params: Any) -> CLIP:
+    """The module with these parameters, inside `jax.jit` or not; cheap when traced."""
     return nnx.merge(self.graphdef, nnx.State(params))
+
+
+def _make(config, fusion, dtype: str, remat: str, key: Array) -> CLIP:
+  return CLIP(config, fusion, jnp.dtype(dtype), remat, nnx.Rngs(params=key))
+
+
+@functools.cache
+def _abstract(config, fusion, dtype: str, remat: str) -> tuple[Any, Any]:
+  module = nnx.eval_shape(
+    lambda: _make(config, fusion, dtype, remat, jax.random.key(0))
+  )
+  graphdef, state = nnx.split(module)
+  return graphdef, nnx.to_pure_dict(state)
 
 
 def build(
@@ -318,22 +353,23 @@ def build(
   dtype: str = "float32",
   remat: str = "none",
 ) -> Model:
-  """A model of this shape; no device is touched.
+  """A model of this shape. No device work.
 
   Args:
-    config: its shape.
-    fusion: how an image and a text embedding become one; raw addition by default.
-    dtype: of the computation, float32 or bfloat16; parameters are float32.
-    remat: what the backward pass recomputes: none; dots (all but matrix products);
-      full (all but the blocks' inputs).
+    config: the shape.
+    fusion: how image and text become one; None is raw, 1 and 1.
+    dtype: what the towers compute in: "float32", "bfloat16" or "float16". Parameters
+      and embeddings are float32 in any case. JAX rounds the inputs of float32 products
+      on TPUs and GPUs unless told otherwise (`jax.default_matmul_precision`).
+    remat: what the backward pass may keep of a block: "none" (everything), "dots"
+      (products with weights) or "full" (the block's input alone).
 
   Raises:
-    UserError: another dtype or policy.
+    UserError: an unknown dtype or remat.
   """
-  if dtype not in ("float32", "bfloat16"):
-    raise UserError(f"config.model.dtype is {dtype!r}: it is float32 or bfloat16.")
-  if remat not in REMAT_POLICIES:
-    raise UserError(
-      f"config.model.remat is {remat!r}: it is one of {', '.join(REMAT_POLICIES)}."
-    )
-  return Model(config, fusion or FusionSettings(), dtype, remat)
+  if dtype not in DTYPES:
+    raise UserError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}.")
+  if remat not in REMAT:
+    raise UserError(f"model.remat is {remat!r}: it is one of {', '.join(REMAT)}.")
+  fusion = FusionSettings() if fusion is None else fusion
+  return Model(config, fusion, dtype, remat, *_abstract(config, fusion, dtype, remat))

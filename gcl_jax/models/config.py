@@ -1,22 +1,21 @@
-"""The shape of a CLIP: towers, named variants, and Hugging Face's config.json."""
+"""Shapes of CLIP models: our dataclasses, Hugging Face's dicts, and the named shapes."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from gcl_jax.errors import UserError
 
-ACTIVATIONS = ("quick_gelu", "gelu")
-# The end-of-text id that OpenAI's old configs carry; it means: pool at the largest id.
-LEGACY_EOS_ID = 2
+# How Hugging Face names them. The two GELUs are up to 0.02 apart: never one for another.
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
-  """A vision tower. Sizes in features; `patch` and `image_size` in pixels."""
+  """The image tower: a pre-norm ViT that pools its class token."""
 
   width: int = 768
   layers: int = 12
@@ -28,14 +27,19 @@ class VisionConfig:
   eps: float = 1e-5
 
   @property
+  def grid(self) -> int:
+    """Patches a side; pixels left over at the right and below are not looked at."""
+    return self.image_size // self.patch
+
+  @property
   def positions(self) -> int:
-    """One for the class token, one per patch."""
-    return 1 + (self.image_size // self.patch) ** 2
+    """Patches and the class token."""
+    return self.grid**2 + 1
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """A text tower. `context` is the longest text in tokens."""
+  """The text tower: causal, pooled at the end-of-text token."""
 
   width: int = 512
   layers: int = 12
@@ -50,152 +54,192 @@ class TextConfig:
   pad_id: int = 1
 
 
-@dataclass(frozen=True)
+# (our field, Hugging Face's key), for both towers and for each.
+_SHARED = (
+  ("width", "hidden_size"),
+  ("layers", "num_hidden_layers"),
+  ("heads", "num_attention_heads"),
+  ("mlp", "intermediate_size"),
+  ("act", "hidden_act"),
+  ("eps", "layer_norm_eps"),
+)
+_VISION = (*_SHARED, ("patch", "patch_size"), ("image_size", "image_size"))
+_TEXT = (
+  *_SHARED,
+  ("vocab_size", "vocab_size"),
+  ("context", "max_position_embeddings"),
+  ("bos_id", "bos_token_id"),
+  ("eos_id", "eos_token_id"),
+  ("pad_id", "pad_token_id"),
+)
+_TOKEN_IDS = ("bos_id", "eos_id", "pad_id")
+
+
+@dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-  """Both towers and the space they share."""
+  """A CLIP model's shape. Absent keys of a Hugging Face config are these defaults.
+
+  Attributes:
+    vision, text: the towers.
+    projection_dim: width of the embeddings.
+    logit_scale_init: initial logarithm of the logit scale.
+  """
 
   vision: VisionConfig = VisionConfig()
   text: TextConfig = TextConfig()
   projection_dim: int = 512
   logit_scale_init: float = 2.6592
 
-  def __post_init__(self):
-    for name, tower in (("vision", self.vision), ("text", self.text)):
-      if tower.width % tower.heads:
-        raise UserError(
-          f"the {name} tower's width {tower.width} does not divide into {tower.heads} "
-          "heads: mend hidden_size or num_attention_heads."
-        )
-      if tower.act not in ACTIVATIONS:
-        raise UserError(
-          f"the {name} tower's hidden_act is {tower.act!r}: there are "
-          f"{', '.join(ACTIVATIONS)}."
-        )
-    if self.vision.image_size % self.vision.patch:
-      raise UserError(
-        f"image_size {self.vision.image_size} is no multiple of patch_size "
-        f"{self.vision.patch}."
-      )
-
   @classmethod
   def from_hf(cls, fields: Mapping[str, Any]) -> CLIPConfig:
-    """From the fields of a Hugging Face CLIP config.
+    """A Hugging Face `config.json` as a dict; keys that we do not know are ignored.
 
-    Fields left out take `CLIPConfig`'s defaults; fields that shape no weight are
-    ignored. An old file's `vision_config_dict` and `text_config_dict`, completed with
-    defaults, go over `vision_config` and `text_config`, as transformers reads them.
+    Old files carry `text_config_dict` beside `text_config` (and the same for vision):
+    transformers expands it with the class defaults and lets it overwrite every field,
+    so where it is there it alone counts.
 
     Raises:
-      UserError: a config of another model, or sizes that cannot be.
+      UserError: the fields describe no CLIP ViT that this module can run.
     """
-    kind = fields.get("model_type", "clip")
-    if kind != "clip":
+    towers = {}
+    for name in ("vision", "text"):
+      part = fields.get(f"{name}_config_dict")
+      part = fields.get(f"{name}_config") if part is None else part
+      if part is not None and not isinstance(part, Mapping):
+        raise UserError(f"{name}_config is {part!r}: a model config has a dict there.")
+      towers[name] = part or {}
+    if towers["vision"].get("num_channels", 3) != 3:
+      channels = towers["vision"]["num_channels"]
+      raise UserError(f"vision_config.num_channels is {channels!r}: images here have 3.")
+    vision = VisionConfig(**_fields(towers["vision"], _VISION, VisionConfig, "vision"))
+    text = TextConfig(**_fields(towers["text"], _TEXT, TextConfig, "text"))
+    if vision.grid < 1:
       raise UserError(
-        f"this is a {kind!r} model; CLIP models (model_type 'clip') are supported."
+        f"vision_config.patch_size is {vision.patch}, more than its image_size "
+        f"{vision.image_size}."
       )
-    return cls(
-      vision=_from_names(VisionConfig, _VISION_NAMES, _section(fields, "vision")),
-      text=_from_names(TextConfig, _TEXT_NAMES, _section(fields, "text")),
-      projection_dim=fields.get("projection_dim", cls.projection_dim),
-      logit_scale_init=fields.get("logit_scale_init_value", cls.logit_scale_init),
-    )
+    top = {"projection_dim": "projection_dim", "logit_scale": "logit_scale_init_value"}
+    width = _number(fields, top["projection_dim"], cls.projection_dim, "config")
+    scale = _number(fields, top["logit_scale"], cls.logit_scale_init, "config")
+    return cls(vision, text, width, scale)
 
   def to_hf(self) -> dict[str, Any]:
-    """The fields of a config.json that `CLIPModel.from_pretrained` reads."""
-    vision = {hf: getattr(self.vision, ours) for ours, hf in _VISION_NAMES.items()}
-    text = {hf: getattr(self.text, ours) for ours, hf in _TEXT_NAMES.items()}
+    """A `config.json` that `transformers.CLIPModel.from_pretrained` reads.
+
+    `from_hf` gives this config back.
+    """
+    towers = {
+      "text_config": (self.text, _TEXT, {"model_type": "clip_text_model"}),
+      "vision_config": (
+        self.vision,
+        _VISION,
+        {"model_type": "clip_vision_model", "num_channels": 3},
+      ),
+    }
     return {
       "architectures": ["CLIPModel"],
       "model_type": "clip",
       "dtype": "float32",
       "projection_dim": self.projection_dim,
       "logit_scale_init_value": self.logit_scale_init,
-      "vision_config": {
-        "model_type": "clip_vision_model",
-        "projection_dim": self.projection_dim,
-        **vision,
-      },
-      "text_config": {
-        "model_type": "clip_text_model",
-        "projection_dim": self.projection_dim,
-        **text,
+      **{
+        name: {
+          **extra,
+          "projection_dim": self.projection_dim,
+          "attention_dropout": 0.0,
+          **{theirs: getattr(tower, ours) for ours, theirs in table},
+        }
+        for name, (tower, table, extra) in towers.items()
       },
     }
 
 
-_TOWER_NAMES = {
-  "width": "hidden_size",
-  "layers": "num_hidden_layers",
-  "heads": "num_attention_heads",
-  "mlp": "intermediate_size",
-  "act": "hidden_act",
-  "eps": "layer_norm_eps",
-}
-_VISION_NAMES = {**_TOWER_NAMES, "patch": "patch_size", "image_size": "image_size"}
-_TEXT_NAMES = {
-  **_TOWER_NAMES,
-  "vocab_size": "vocab_size",
-  "context": "max_position_embeddings",
-  "bos_id": "bos_token_id",
-  "eos_id": "eos_token_id",
-  "pad_id": "pad_token_id",
-}
+def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
+  where = f"{tower}_config"
+  out = {}
+  for ours, theirs in table:
+    default = getattr(defaults, ours)
+    if isinstance(default, str):
+      out[ours] = default if part.get(theirs) is None else part[theirs]
+    else:
+      low = None if ours in _TOKEN_IDS else 1
+      out[ours] = _number(part, theirs, default, where, low)
+  if out["act"] not in ACTIVATIONS:
+    raise UserError(
+      f"{where}.hidden_act is {out['act']!r}: it is one of {', '.join(ACTIVATIONS)}."
+    )
+  if out["width"] % out["heads"]:
+    raise UserError(
+      f"{where}: hidden_size {out['width']} is not a multiple of "
+      f"num_attention_heads {out['heads']}."
+    )
+  return out
 
 
-def _section(fields: Mapping[str, Any], tower: str) -> Mapping[str, Any]:
-  # transformers completes the `_dict` with defaults before it overrides, so that a
-  # partial one resets what it leaves out.
-  old = fields.get(f"{tower}_config_dict")
-  return old if old is not None else fields.get(f"{tower}_config") or {}
+def _number(part, key: str, default: int | float, where: str, low: int | None = 1):
+  """`part[key]` as a number of the default's type; None and absent are the default."""
+  value = part.get(key)
+  if value is None:
+    return default
+  if isinstance(value, list | tuple) and value and all(v == value[0] for v in value):
+    value = value[0]  # a square size written as a pair
+  whole = isinstance(default, int)
+  if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+    kind = "one whole number" if whole else "a number"
+    raise UserError(f"{where}.{key} is {part[key]!r}: it must be {kind}.")
+  if whole and low is not None and value < low:
+    raise UserError(f"{where}.{key} is {value}: it must be at least {low}.")
+  return value if whole else float(value)
 
 
-def _from_names(kind, names: Mapping[str, str], fields: Mapping[str, Any]):
-  known = {ours: fields[hf] for ours, hf in names.items() if fields.get(hf) is not None}
-  return kind(**known)
-
-
-def _openai(
-  width: int, layers: int, heads: int, patch: int, size: int, text: int, projection: int
+def _vit(
+  image: tuple[int, int, int, int, int],
+  text: tuple[int, int, int],
+  projection_dim: int,
+  act: str,
 ) -> CLIPConfig:
+  """From (width, layers, heads, patch, image_size) and (width, layers, heads)."""
+  width, layers, heads, patch, size = image
+  vision = VisionConfig(width, layers, heads, 4 * width, patch, size, act)
+  width, layers, heads = text
   return CLIPConfig(
-    VisionConfig(width, layers, heads, 4 * width, patch, size),
-    TextConfig(text, 12, text // 64, 4 * text),
-    projection,
+    vision, TextConfig(width, layers, heads, 4 * width, act=act), projection_dim
   )
 
 
-def _tinyclip(
-  width: int, layers: int, patch: int, text: int, text_layers: int
-) -> CLIPConfig:
-  return CLIPConfig(
-    VisionConfig(width, layers, width // 64, 4 * width, patch, 224, "gelu"),
-    TextConfig(text, text_layers, text // 64, 4 * text, act="gelu"),
-  )
-
-
+_B, _L = (512, 12, 8), (768, 12, 12)
 _NAMED = {
-  "ViT-B/32": _openai(768, 12, 12, 32, 224, 512, 512),
-  "ViT-B/16": _openai(768, 12, 12, 16, 224, 512, 512),
-  "ViT-L/14": _openai(1024, 24, 16, 14, 224, 768, 768),
-  "ViT-L/14@336": _openai(1024, 24, 16, 14, 336, 768, 768),
-  "TinyCLIP-ViT-8M-16-Text-3M": _tinyclip(256, 10, 16, 256, 3),
-  "TinyCLIP-ViT-39M-16-Text-19M": _tinyclip(512, 12, 16, 512, 6),
-  "TinyCLIP-ViT-40M-32-Text-19M": _tinyclip(512, 12, 32, 512, 6),
-  "TinyCLIP-ViT-61M-32-Text-29M": _tinyclip(640, 12, 32, 512, 9),
+  "ViT-B/32": _vit((768, 12, 12, 32, 224), _B, 512, "quick_gelu"),
+  "ViT-B/16": _vit((768, 12, 12, 16, 224), _B, 512, "quick_gelu"),
+  "ViT-L/14": _vit((1024, 24, 16, 14, 224), _L, 768, "quick_gelu"),
+  "ViT-L/14@336": _vit((1024, 24, 16, 14, 336), _L, 768, "quick_gelu"),
+  "TinyCLIP-ViT-8M-16-Text-3M": _vit((256, 10, 4, 16, 224), (256, 3, 4), 512, "gelu"),
+  "TinyCLIP-ViT-39M-16-Text-19M": _vit((512, 12, 8, 16, 224), (512, 6, 8), 512, "gelu"),
+  "TinyCLIP-ViT-40M-32-Text-19M": _vit((512, 12, 8, 32, 224), (512, 6, 8), 512, "gelu"),
+  "TinyCLIP-ViT-61M-32-Text-29M": _vit(
+    (640, 12, 10, 32, 224), (512, 9, 8), 512, "gelu"
+  ),
 }
 NAMES = tuple(_NAMED)
 
 
 def named_config(name: str) -> CLIPConfig:
-  """The shape of a published model.
+  """The shape of an OpenAI or TinyCLIP ViT by its name (`NAMES`).
 
   Raises:
-    UserError: an unknown name; the message says the nearest.
+    UserError: no such name; says the nearest.
   """
   if name in _NAMED:
     return _NAMED[name]
-  near = difflib.get_close_matches(name, NAMES, 1, cutoff=0.0)[0]
+  folded = {known.casefold(): known for known in NAMES}
+  # A hub id names the same shape with an owner before and the data behind.
+  wanted = str(name).casefold().removeprefix("wkcn/").removeprefix("openai/clip-")
+  inside = [known for low, known in folded.items() if low in wanted]
+  near = inside or [
+    folded[low] for low in difflib.get_close_matches(wanted, folded, n=1, cutoff=0.5)
+  ]
+  hint = f"did you mean {near[-1]}? " if near else ""
   raise UserError(
-    f"there is no model named {name!r}: did you mean {near!r}? Names: "
-    f"{', '.join(NAMES)}."
+    f"no model shape is named {name!r}: {hint}The names are {', '.join(NAMES)}; any "
+    "other CLIP ViT is given by the fields of its Hugging Face config."
   )

@@ -1,0 +1,127 @@
+"""What the losses do to a model, at equal steps: one recipe, several losses and seeds.
+
+    python benchmarks/losses_compared.py --config=configs/demo.py --output=rows.json
+
+Each run lives in its own folder below --root, so that a comparison that was stopped
+goes on. Prints one table, mean and range over seeds, plain and centred; writes one JSON
+row per run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from gcl_jax import command_line
+from gcl_jax.errors import UserError
+
+_FLAGS = flags.FLAGS
+_SHOWN = (
+  "global.other.R@1",
+  "global.other.R@10",
+  "global.same.R@1",
+  "local.other.R@1",
+  "local.same.R@1",
+)
+# What a name on the command line sets in the config.
+LOSSES = {
+  "CL": {"loss.name": "contrastive"},
+  "CL+separation": {"loss.name": "contrastive", "loss.intra_modal_separation": 0.5},
+  "GCL": {"loss.name": "gcl", "loss.denominator": "self_masked"},
+  "GCL-literal": {"loss.name": "gcl", "loss.denominator": "literal"},
+  "GCL-clean": {"loss.name": "gcl", "loss.denominator": "clean"},
+  "GCL-cross_only": {"loss.name": "gcl", "loss.denominator": "cross_only"},
+  "GCL-target_only": {"loss.name": "gcl", "loss.denominator": "target_only"},
+}
+
+
+def _define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "a recipe")
+  flags.DEFINE_list("losses", ["CL", "GCL", "GCL-literal", "GCL-target_only"], "which")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "which")
+  flags.DEFINE_string("root", "runs/compared", "where the runs live")
+  flags.DEFINE_string(
+    "start_from", "", "each seed starts from <root>/<this>-seed<seed>"
+  )
+  flags.DEFINE_string("output", "", "the JSON file of rows")
+
+
+def main() -> None:
+  """Runs what is not finished yet, then prints and writes the rows."""
+  if _FLAGS.config is None:
+    raise UserError("name a recipe, such as --config=configs/demo.py")
+  rows = []
+  for seed in map(int, _FLAGS.seeds):
+    for name in _FLAGS.losses:
+      rows += _run(name, seed)
+  if _FLAGS.output:
+    Path(_FLAGS.output).write_text(json.dumps(rows, indent=1) + "\n")
+  print(table(rows))
+
+
+def _run(name: str, seed: int) -> list[dict]:
+  from gcl_jax.evaluation import best_metric
+  from gcl_jax.train import train_and_evaluate
+
+  if name not in LOSSES:
+    raise UserError(f"--losses: {name!r} is none of {', '.join(LOSSES)}")
+  config = copy.deepcopy(_FLAGS.config)
+  config.seed = seed
+  for field, value in LOSSES[name].items():
+    config.update_from_flattened_dict({field: value})
+  label = name
+  if _FLAGS.start_from:
+    config.init.pretrained = f"{_FLAGS.root}/{_FLAGS.start_from}-seed{seed}"
+    label = f"{_FLAGS.start_from}, then {name}"
+  config.name = label.replace(", ", "-").replace(" ", "-")
+  workdir = Path(_FLAGS.root) / f"{config.name}-seed{seed}"
+  _, results = train_and_evaluate(config, workdir)
+  rows = []
+  for stage, result in results.items():
+    shown = label if stage == "after" else "untrained"
+    if stage == "before" and _FLAGS.start_from:
+      shown = _FLAGS.start_from
+    for variant in ("plain", "centered"):
+      numbers = {m: best_metric(result, f"{variant}.{m}") for m in _SHOWN}
+      rows.append(
+        {"loss": shown, "seed": seed, "steps": config.steps, "variant": variant}
+        | numbers
+        | {"gap_image_text": result[variant]["gap"]["delta"]["i-t"]}
+        | {"own_share": result[variant]["own_share"]["mean"]}
+      )
+  return rows
+
+
+def table(rows: list[dict]) -> str:
+  """Mean (lowest to highest) over seeds, a line per loss and variant, in Markdown."""
+  names = [*_SHOWN, "own_share", "gap_image_text"]
+  lines = [
+    "| loss | " + " | ".join(names) + " | seeds |",
+    "|---|" + "---|" * (len(names) + 1),
+  ]
+  keys = dict.fromkeys((row["loss"], row["variant"]) for row in rows)
+  for loss, variant in keys:
+    unique = {
+      row["seed"]: row
+      for row in rows
+      if (row["loss"], row["variant"]) == (loss, variant)
+    }
+    cells = []
+    for name in names:
+      values = np.array([row[name] for row in unique.values()], float)
+      digits = 2 if name == "gap_image_text" else 1
+      spread = f" ({values.min():.{digits}f} to {values.max():.{digits}f})"
+      cells.append(f"{values.mean():.{digits}f}" + (spread if len(values) > 1 else ""))
+    centred = ", centred" if variant == "centered" else ""
+    lines.append(f"| {loss}{centred} | " + " | ".join(cells) + f" | {len(unique)} |")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  command_line.run(main)

@@ -1,0 +1,174 @@
+"""Orbax checkpoints of a run: asynchronous, atomic, the last and the best kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from gcl_jax.checkpoints.folder import read_description
+from gcl_jax.errors import UserError
+from gcl_jax.models import Model, build
+from gcl_jax.processing import Processor
+
+
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the n steps of highest score.
+
+  Orbax's own policy wants the score when a step is saved; here the step is saved
+  first and evaluated after, so that a kill during the evaluation loses no training.
+  """
+
+  def __init__(self, scores: Callable[[], Mapping[int, float]], n: int):
+    self._scores, self._n = scores, n
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    scores = self._scores()
+    here = [info.step for info in checkpoints if info.step in scores]
+    best = set(sorted(here, key=lambda step: (scores[step], step))[-self._n :])
+    return (
+      [info.step in best for info in checkpoints]
+      if self._n
+      else [False] * len(checkpoints)
+    )
+
+
+class Checkpoints:
+  """The checkpoints of one run: save, restore, list.
+
+  A checkpoint is the whole training state and the data position. Saving copies to the
+  host before it returns and writes in the background; a step that was cut off while
+  it was written does not exist.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    keep_last: int = 2,
+    keep_best: int = 1,
+    scores: Callable[[], Mapping[int, float]] = dict,
+  ):
+    """Args:
+    workdir: the run's folder.
+    keep_last, keep_best: how many of each are kept.
+    scores: step -> score of the steps evaluated so far; higher is better.
+    """
+    policies = [ocp.checkpoint_managers.LatestN(max(keep_last, 1))]
+    if keep_best:
+      policies.append(_Best(scores, keep_best))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+      cleanup_tmp_directories=True,
+    )
+    self._folder = Path(workdir).absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+  def latest(self) -> int | None:
+    """The newest whole step, or None."""
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All whole steps, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, position: int) -> None:
+    """Begins to write a step; `position` is the data pipeline's, in records."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        data=ocp.args.JsonSave({"position": int(position)}),
+      ),
+    )
+
+  def restore(self, step: int, like: Any) -> tuple[Any, int]:
+    """The state of a step, placed and typed as `like`, and the data position.
+
+    Raises:
+      UserError: the checkpoint holds another tree or other shapes than `like`.
+    """
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(abstract, restore_args=arguments),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+    except (ValueError, KeyError) as error:
+      reason = str(error).splitlines()[0]
+      raise UserError(
+        f"the checkpoint {self._folder / str(step)} does not fit this run's model and "
+        f"optimizer ({reason}): resume with the config it was written with, or name a "
+        "new --workdir."
+      ) from error
+    return restored["state"], int(restored["data"]["position"])
+
+  def wait(self) -> None:
+    """Returns when everything begun is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases the folder."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+  """The whole steps in a run's folder, without opening it for writing."""
+  folder = Path(workdir) / "checkpoints"
+  names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_run(
+  workdir: str | os.PathLike, step: int | None = None
+) -> tuple[Model, Any, Processor, ConfigDict]:
+  """A trained model from a run's folder, for use rather than for training.
+
+  Args:
+    workdir: the run's folder.
+    step: which checkpoint; None is the newest.
+
+  Returns:
+    The model, its parameters (nested dict of float32 NumPy arrays), the processor and
+    the run's config.
+
+  Raises:
+    UserError: no run, no checkpoint yet, or no such step.
+  """
+  run = read_description(workdir)
+  steps = saved_steps(workdir)
+  if not steps:
+    raise UserError(
+      f"{workdir} has no checkpoint yet: let the run reach its first one."
+    )
+  if step is not None and step not in steps:
+    raise UserError(f"{workdir} has no checkpoint of step {step}: it has {steps}.")
+  model = build(
+    run.model,
+    fusion=run.fusion,
+    dtype=run.config.model.dtype,
+    remat=run.config.model.remat,
+  )
+  folder = Path(workdir).absolute() / "checkpoints" / str(step or steps[-1]) / "state"
+  wanted = {"params": model.abstract()}
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+  with ocp.PyTreeCheckpointer() as reader:
+    restored = reader.restore(
+      folder,
+      args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
+    )
+  return model, restored["params"], run.processor, run.config

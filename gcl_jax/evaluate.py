@@ -1,0 +1,142 @@
+"""Evaluates a model in nine directions: python -m gcl_jax.evaluate --checkpoint=...
+
+The checkpoint is a run's folder, a Hugging Face folder or a hub id; the data is any
+source of pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from gcl_jax import command_line
+from gcl_jax.errors import UserError
+
+_FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string(
+    "checkpoint", "", "a run's folder, a Hugging Face folder, a hub id"
+  )
+  flags.DEFINE_string("step", "latest", "of a run's folder: latest, best, or a number")
+  flags.DEFINE_string("data", "", "the folder of pairs; by default the run's own")
+  flags.DEFINE_multi_string(
+    "data_option", [], "a field of config.data, as in caption_column=blip_caption"
+  )
+  flags.DEFINE_string(
+    "split", "eval", "test, dev, ...; eval: test, else dev, else hashed"
+  )
+  flags.DEFINE_string("output", "", "the JSON file to write")
+  flags.DEFINE_bool("center", False, "also after subtracting each modality's mean")
+  flags.DEFINE_integer("items", 0, "at most so many items; 0: all")
+  flags.DEFINE_integer("batch_size", 64, "documents embedded at a time")
+
+
+def main() -> None:
+  """Flags in, one evaluation, a table and a JSON file."""
+  output = Path(_FLAGS.output) if _FLAGS.output else None
+  check_output(output)
+  data_config, embedder = _load(_FLAGS.checkpoint, _FLAGS.step)
+
+  from gcl_jax.data import open_source
+  from gcl_jax.evaluation import build_items, evaluate_nine, render
+
+  if _FLAGS.data:
+    data_config.path = _FLAGS.data
+    if data_config.source == "scenes":  # a demo's model, on files
+      data_config.source = "table"
+  for option in _FLAGS.data_option:
+    _set(data_config, option)
+  items = build_items(
+    open_source(data_config, split=_FLAGS.split), limit=_FLAGS.items or None
+  )
+  result = evaluate_nine(items, embedder.embed, progress=_progress)
+  result["checkpoint"] = _FLAGS.checkpoint
+  result["split"] = _FLAGS.split
+  print(render({Path(_FLAGS.checkpoint).name: result}, center=_FLAGS.center))
+  if output:
+    part = output.with_name(output.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(output)
+    print(f"written: {output}")
+
+
+def check_output(output: Path | None) -> None:
+  """Refuses an output that could not be written, or that is something else.
+
+  Raises:
+    UserError: a folder, a file that is not an evaluation, or no folder to hold it.
+  """
+  if output is None:
+    return
+  if output.is_dir():
+    raise UserError(f"--output={output} is a folder: name a .json file.")
+  if output.exists():
+    try:
+      ours = "checkpoint" in json.loads(output.read_text())
+    except (OSError, ValueError):
+      ours = False
+    if not ours:
+      raise UserError(
+        f"--output={output} exists and is no evaluation of ours: name another file."
+      )
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--output={output} cannot be written: {error}.") from None
+
+
+def _load(checkpoint: str, step: str):
+  if not checkpoint:
+    raise UserError(
+      "name a model: --checkpoint=<a run's folder, a HF folder, a hub id>"
+    )
+  from gcl_jax.checkpoints import is_run, read_description
+  from gcl_jax.evaluation import choose_step
+  from gcl_jax.retrieval import load
+  from gcl_jax.training.config import default_config
+
+  data = default_config().data
+  if is_run(checkpoint):
+    stored = read_description(checkpoint).config
+    for name in data:
+      if name in stored.data:
+        with data.ignore_type():
+          data[name] = stored.data[name]
+    chosen = choose_step(checkpoint, step, stored.eval.best)
+    embedder = load(checkpoint, step=chosen, batch_size=_FLAGS.batch_size)
+  else:
+    embedder = load(checkpoint, batch_size=_FLAGS.batch_size)
+    if not _FLAGS.data:
+      raise UserError(
+        "name the pairs to evaluate on: --data=<folder with captions.jsonl>"
+      )
+  return data, embedder
+
+
+def _set(data, option: str) -> None:
+  name, equals, value = option.partition("=")
+  if not equals or name not in data:
+    raise UserError(
+      f"--data_option={option}: write field=value with one of {', '.join(sorted(data))}."
+    )
+  old = data[name]
+  try:
+    data[name] = type(old)(value) if isinstance(old, (int, float)) else value
+  except (TypeError, ValueError) as error:
+    raise UserError(f"--data_option={option}: {error}.") from None
+
+
+def _progress(done: int, total: int) -> None:
+  if sys.stderr.isatty():
+    end = "\n" if done == total else ""
+    print(f"\r\x1b[Kembedded {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  command_line.run(main)

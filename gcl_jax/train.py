@@ -1,0 +1,110 @@
+"""Trains a retriever: python -m gcl_jax.train --config=configs/demo.py
+
+Run it again after any kill: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from gcl_jax import command_line
+from gcl_jax.errors import UserError
+
+_FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  from ml_collections import config_flags
+
+  config_flags.DEFINE_config_file("config", None, "a recipe, such as configs/demo.py")
+  flags.DEFINE_string("workdir", "", "the run's folder; by default runs/<config.name>")
+  flags.DEFINE_bool(
+    "distributed", False, "join the other processes of this job (TPU pods, SLURM, ...)"
+  )
+
+
+def main() -> None:
+  """Flags in, one run, and the tables of what it changed."""
+  config = _FLAGS.config
+  if config is None:
+    raise UserError("name a recipe, such as --config=configs/demo.py")
+  import jax
+
+  if _FLAGS.distributed:
+    jax.distributed.initialize()
+
+  from gcl_jax.evaluation import render
+
+  workdir = Path(_FLAGS.workdir or f"runs/{config.name}")
+  trained, rows = train_and_evaluate(config, workdir)
+  print(render(rows))
+  if not trained:
+    print(
+      f"This run is finished. To start anew: another --workdir, or remove {workdir}. To "
+      "go on: a larger config.steps."
+    )
+  print(_next_commands(workdir))
+
+
+def train_and_evaluate(
+  config: ConfigDict, workdir: Path
+) -> tuple[bool, dict[str, Mapping[str, Any]]]:
+  """Runs a config, evaluated in nine directions on the held-out part of its data.
+
+  Returns:
+    Whether it trained (False: it was finished already), and the results `before` (where
+    the config asks for it) and `after`.
+
+  Raises:
+    UserError: see `gcl_jax.training.run.train`.
+  """
+  from gcl_jax.checkpoints import read_results
+  from gcl_jax.data import open_source
+  from gcl_jax.evaluation import best_metric, build_items, evaluate_nine
+  from gcl_jax.retrieval import Embedder
+  from gcl_jax.training.run import train
+
+  @functools.cache
+  def held_out():
+    source = open_source(config.data, split=config.data.eval_split)
+    return build_items(source, limit=config.eval.max_items or None)
+
+  embedders: list[Embedder] = []
+
+  def evaluate(model, params, processor, mesh):
+    if not embedders:  # one, so that its functions compile once
+      size = config.eval.batch_size
+      embedders.append(Embedder(model, params, processor, mesh=mesh, batch_size=size))
+    return evaluate_nine(held_out(), embedders[0].with_params(params).embed)
+
+  def score(result):
+    return best_metric(result, config.eval.best)
+
+  trained = train(config, workdir, evaluate, score)
+  results = read_results(workdir)
+  rows = {"before": results[0]} if 0 in results else {}
+  return trained, {**rows, "after": results[max(results)]}
+
+
+def _next_commands(workdir: Path) -> str:
+  python = Path(sys.executable).name
+  return (
+    "Next:\n"
+    f"  {python} -m gcl_jax.evaluate --checkpoint={workdir} "
+    f"--output={workdir}/evaluation.json\n"
+    f"  {python} -m gcl_jax.export --checkpoint={workdir} --output={workdir}-export\n"
+    f"  {python} -m gcl_jax.train --config=configs/tinyclip.py "
+    "--config.data.path=<your folder with captions.jsonl>"
+  )
+
+
+if __name__ == "__main__":
+  _define_flags()
+  command_line.run(main)

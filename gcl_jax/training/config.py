@@ -1,0 +1,140 @@
+"""Every field of a run, with its unit and what it does. Recipes change a few of them.
+
+A config is the whole run: it is printed, kept beside the checkpoints and compared at
+resume.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+  """The fields of a run. Recipes in `configs/` start from it."""
+  config = ConfigDict()
+  config.name = "run"  # a run without --workdir lives in runs/<name>
+  config.seed = 0  # initial weights, order of records, random draws
+  config.steps = 0  # optimizer steps; 0: take config.epochs instead
+  config.epochs = 1.0  # passes over the training records, where steps is 0
+  config.batch_size = 256  # global pairs a step: every pair is every other's negative
+
+  config.init = ConfigDict()
+  config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
+
+  config.model = ConfigDict()  # used from scratch only, save dtype and remat
+  config.model.name = ""  # a named shape, such as TinyCLIP-ViT-40M-32-Text-19M
+  config.model.hf = (
+    ConfigDict()
+  )  # fields of a Hugging Face CLIP config, over the name's
+  config.model.image_size = 0  # pixels a side, over the name's; 0: the shape's own
+  config.model.dtype = "float32"  # compute: float32 or bfloat16 (parameters: float32)
+  config.model.remat = "none"  # none, or what the backward pass may keep: see models
+
+  config.tokenizer = ConfigDict()  # used from scratch only
+  config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files
+  config.tokenizer.vocab_size = 8192  # else: a byte-pair vocabulary of our own captions
+
+  config.fusion = ConfigDict()
+  config.fusion.of = "raw"  # raw: add projected vectors (UniIR, the paper); unit
+  config.fusion.image_weight = 1.0
+  config.fusion.text_weight = 1.0
+  config.fusion.learned = False  # train the two weights
+  config.fusion.as_bank = False  # hand the loss the fused rows, not their mix
+
+  config.loss = ConfigDict()
+  config.loss.name = "gcl"  # gcl, or contrastive (CLIP's loss)
+  config.loss.denominator = "self_masked"  # literal, clean, cross_only, target_only
+  config.loss.direction_weights = ()  # 3x3 over (image, text, fused); () is all ones
+  config.loss.intra_modal_separation = 0.0  # weight of AlignCLIP's separation term
+  config.loss.separation_features = "none"  # none, initial_text_tower, or a .npy file
+  config.loss.form = "auto"
+
+  config.temperature = ConfigDict()
+  config.temperature.mode = "learned"  # learned, or fixed
+  config.temperature.logit_scale = (
+    0.0  # where it starts or is fixed; 0: the model's own
+  )
+  config.temperature.max_logit_scale = 100.0  # cap when learned; 0: none
+
+  config.optimizer = ConfigDict()
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 1e-5  # peak
+  config.optimizer.warmup_steps = 0  # linear, from 0
+  config.optimizer.schedule = "cosine"  # cosine or constant, after the warm-up
+  config.optimizer.final_fraction = 0.0  # of the peak, at the end of the cosine
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.98
+  config.optimizer.eps = 1e-6
+  config.optimizer.weight_decay = 0.2  # kernels and embeddings only
+  config.optimizer.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+  # First match wins: (pattern of the whole path, factor on the learning rate). A factor
+  # of 0 freezes: (("text.*", 0.0),) trains all but the text tower and its projection.
+  config.optimizer.multipliers = ()
+
+  config.data = ConfigDict()
+  config.data.source = "table"  # table, tfds or scenes
+  config.data.path = ""  # the folder of a table
+  config.data.table = ""  # its file; "": captions.jsonl or the only table there
+  config.data.image_column = "image"
+  config.data.caption_column = "captions"
+  config.data.group_column = "group"
+  config.data.id_column = "id"
+  config.data.image_root = ""  # images live in this folder below the path
+  config.data.tfds_name = ""
+  config.data.tfds_data_dir = ""
+  config.data.scenes_train_size = 20_000
+  config.data.scenes_image_size = 64
+  config.data.scenes_seed = 0
+  config.data.train_split = "train"
+  config.data.eval_split = "eval"  # test, else dev, else a part split off by hash
+  config.data.eval_fraction = 0.1
+  config.data.augment = "none"  # none, crop, flip, crop_flip
+  config.data.crop_scale = (0.5, 1.0)  # area of a random crop, as a part of the picture
+  config.data.text_buckets = (16, 24, 32, 48, 77)  # token lengths a batch is cut to
+  config.data.max_bad_fraction = 0.01  # of the records seen; above it the run stops
+  config.data.threads = 4  # that read and decode
+  config.data.prefetch = 4  # batches read ahead
+
+  config.eval = ConfigDict()
+  config.eval.every = 0  # steps; 0: before and after only
+  config.eval.before = True  # also evaluate the start
+  config.eval.max_items = 0  # at most so many items; 0: all
+  config.eval.batch_size = 64
+  config.eval.best = (
+    "plain.global.other.R@10"  # keep-best watches it (higher is better)
+  )
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 500  # steps; the last step is always kept
+  config.checkpoint.keep_last = 2
+  config.checkpoint.keep_best = 1
+
+  config.log = ConfigDict()
+  config.log.every = 10  # steps
+  config.log.tensorboard = True
+  config.log.wandb = ""  # a Weights & Biases project; "": none
+  config.log.profile_start = 0  # first step of a profiler trace; 0: none
+  config.log.profile_steps = 3
+
+  config.mesh = ConfigDict()  # devices along each axis; -1: the rest
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+  return config
+
+
+# What may change between a run and its continuation: it moves no training result but
+# the length, which moves the schedule and is what the user then asked for.
+MAY_CHANGE = (
+  "name",
+  "steps",
+  "epochs",
+  "data.path",
+  "data.threads",
+  "data.prefetch",
+  "data.max_bad_fraction",
+  "eval",
+  "checkpoint",
+  "log",
+  "mesh",
+)

@@ -1,0 +1,171 @@
+"""The loop: draw, step, log, save, evaluate. It knows nothing of losses or models."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gcl_jax.errors import UserError
+from gcl_jax.training.state import State, Step
+from gcl_jax.training.writers import MetricWriter, ProgressLine
+
+
+class Batches(Protocol):
+  """What the loop asks of the data pipeline."""
+
+  position: int  # records consumed globally by the batches handed out
+
+  def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
+  def recent_errors(self) -> list[str]: ...
+
+
+class Saver(Protocol):
+  """What the loop asks of the checkpoints."""
+
+  def save(self, step: int, state: State, position: int) -> None: ...
+  def wait(self) -> None: ...
+
+
+def run_loop(
+  state: State,
+  *,
+  config: ConfigDict,
+  total_steps: int,
+  step_function: Step,
+  batches: Batches,
+  place: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]],
+  constants: Any,
+  checkpoints: Saver,
+  evaluate: Callable[[State, int], None],
+  workdir: Path,
+  records: int,
+) -> State:
+  """Trains from the state's step to `total_steps`.
+
+  A checkpoint is written at every `config.checkpoint.every` steps, before every
+  evaluation and at the end; never of a state in which something was not finite.
+
+  Args:
+    state: fresh or restored; donated.
+    config: the run's.
+    total_steps: where the run ends.
+    step_function: of `make_step`.
+    batches: the pipeline, at the state's position.
+    place: a batch of this process -> global arrays.
+    constants: third argument of the step.
+    checkpoints: where states are saved.
+    evaluate: called with (state, step) after a step was saved.
+    workdir: the run's folder.
+    records: size of the training source.
+
+  Raises:
+    UserError: the loss or an update stopped being finite, or too many records cannot
+      be read. The last checkpoint is whole and from before.
+  """
+  start = int(state["step"])
+  writer = MetricWriter(workdir, config, start)
+  progress = ProgressLine(total_steps, config.batch_size, start)
+  guard = _Guard(config, batches, records)
+  iterator, waited = iter(batches), 0.0
+  try:
+    for step in range(start + 1, total_steps + 1):
+      _profile(config, step - start, workdir)
+      asked = time.monotonic()
+      batch = next(iterator)
+      waited += time.monotonic() - asked
+      state, metrics = step_function(state, place(batch), constants)
+      last = step == total_steps
+      if last or step % config.log.every == 0:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        guard.check(state)
+        values |= progress.rates(step, waited)
+        values["bad_records"] = float(guard.bad)
+        writer.write(step, values)
+        progress.show(step, values)
+        waited = 0.0
+      evaluated = last or _due(step, config.eval.every)
+      if evaluated or _due(step, config.checkpoint.every):
+        guard.check(state)
+        checkpoints.save(step, state, batches.position)
+      if evaluated:
+        evaluate(state, step)
+        progress.reset()
+      if (
+        step * config.batch_size // records > (step - 1) * config.batch_size // records
+      ):
+        guard.report_epoch(step * config.batch_size // records)
+    checkpoints.wait()
+  finally:
+    writer.close()
+    close = getattr(iterator, "close", None)
+    if close:
+      close()
+  return state
+
+
+def _due(step: int, every: int) -> bool:
+  return bool(every) and step % every == 0
+
+
+class _Guard:
+  """Stops a run whose numbers or whose data went bad."""
+
+  def __init__(self, config: ConfigDict, batches: Batches, records: int):
+    self._config, self._batches, self._records = config, batches, records
+    self.bad = 0
+
+  def check(self, state: State) -> None:
+    """Reads the counters of the state.
+
+    Raises:
+      UserError: see `run_loop`.
+    """
+    failed, self.bad, step = (
+      int(jax.device_get(state[name]))
+      for name in ("failed_step", "bad_records", "step")
+    )
+    if failed >= 0:
+      raise UserError(
+        f"the loss or an update was not finite at step {failed}; nothing from then on "
+        "was saved. Lower config.optimizer.learning_rate, lengthen the warm-up, or run "
+        "in config.model.dtype=float32; the same command goes on from the last "
+        "checkpoint."
+      )
+    seen = step * self._config.batch_size
+    # A folder of which nothing can be read should not need a thousand records to show.
+    allowed = self._config.data.max_bad_fraction * max(seen, min(1000, self._records))
+    if self.bad > allowed:
+      raise UserError(
+        f"{self.bad} of {seen} records could not be read, more than "
+        f"config.data.max_bad_fraction={self._config.data.max_bad_fraction} allows. "
+        f"{self._examples()}Mend the data, or raise that field."
+      )
+
+  def report_epoch(self, epoch: int) -> None:
+    """Says after an epoch how many records could not be read."""
+    if self.bad:
+      print(
+        f"epoch {epoch} done: {self.bad} unreadable records so far (they were left "
+        f"out). {self._examples()}",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def _examples(self) -> str:
+    examples = self._batches.recent_errors()[:3]
+    return f"For example: {'; '.join(examples)}. " if examples else ""
+
+
+def _profile(config: ConfigDict, step: int, workdir: Path) -> None:
+  first = config.log.profile_start
+  if first and step == first:
+    jax.profiler.start_trace(str(workdir / "profile"))
+  if first and step == first + config.log.profile_steps:
+    jax.profiler.stop_trace()

@@ -1,0 +1,183 @@
+"""From a batch to the loss: the model, the fusion and the loss that the config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gcl_jax.errors import UserError
+from gcl_jax.fusion import fuse
+from gcl_jax.losses import (
+  contrastive_loss,
+  gcl_loss,
+  intra_modal_separation_loss,
+)
+from gcl_jax.models import Model
+from gcl_jax.processing import ImageProcessor
+from gcl_jax.sharding import BATCH_AXES
+
+DENOMINATORS = ("self_masked", "literal", "clean", "cross_only", "target_only")
+SEPARATION_FEATURES = ("none", "initial_text_tower")
+
+# params, batch, constants -> loss (), metrics (a flat dict of float32 scalars)
+Objective = Callable[
+  [Any, Mapping[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]
+]
+
+
+def check_loss(config: ConfigDict) -> None:
+  """Refuses what `config.loss`, `.temperature` or `.fusion` cannot mean.
+
+  Raises:
+    UserError: naming the field, what it holds, and what it may hold.
+  """
+  loss = config.loss
+  choices = {
+    "loss.name": (loss.name, ("gcl", "contrastive")),
+    "loss.denominator": (loss.denominator, DENOMINATORS),
+    "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
+    "fusion.of": (config.fusion.of, ("raw", "unit")),
+  }
+  for field, (value, allowed) in choices.items():
+    if value not in allowed:
+      raise UserError(
+        f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
+      )
+  direction_weights(config)
+  scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
+  if scale < 0 or (top and scale > top):
+    raise UserError(
+      f"config.temperature.logit_scale is {scale}: it is the scale itself (1/tau, such "
+      f"as 100), at most config.temperature.max_logit_scale ({top}); 0 keeps the model's."
+    )
+  features = loss.separation_features
+  if loss.intra_modal_separation and not (
+    features in SEPARATION_FEATURES or features.endswith(".npy")
+  ):
+    raise UserError(
+      f"config.loss.separation_features is {features!r}: it is none, initial_text_tower "
+      "or a .npy file with one row per record."
+    )
+
+
+def direction_weights(config: ConfigDict) -> np.ndarray | None:
+  """`config.loss.direction_weights` as a (3, 3) float32 array; None is all ones.
+
+  Raises:
+    UserError: it is neither empty nor 3 rows of 3 weights of at least 0.
+  """
+  weights = config.loss.direction_weights
+  if not len(weights):
+    return None
+  try:
+    array = np.asarray(weights, np.float32)
+  except ValueError:
+    array = np.zeros(0)
+  if array.shape == (9,):
+    array = array.reshape(3, 3)
+  off_diagonal = array[~np.eye(3, dtype=bool)] if array.shape == (3, 3) else array
+  if array.shape != (3, 3) or (off_diagonal < 0).any() or not off_diagonal.any():
+    raise UserError(
+      f"config.loss.direction_weights is {weights}: 3 rows of 3 weights (query image, "
+      "text, fused by candidate image, text, fused), none negative and not all zero."
+    )
+  return array
+
+
+def make_objective(
+  model: Model, images: ImageProcessor, config: ConfigDict, mesh: Mesh
+) -> Objective:
+  """The function that a step differentiates.
+
+  Args:
+    model: of which the parameters are.
+    images: turns uint8 pixels (N, S, S, 3) to the floats that the model takes.
+    config: the run's.
+    mesh: negatives are global over its batch axes.
+
+  Returns:
+    (params, batch, constants) -> loss, metrics. `batch` is the pipeline's, with
+    `separation_features` (N, F) where a file was given; `constants` holds
+    `initial_params` where the initial text tower gives those features.
+  """
+  check_loss(config)
+  loss_config, weights = config.loss, direction_weights(config)
+  separation = loss_config.intra_modal_separation
+  placement = {"mesh": mesh, "batch_axes": BATCH_AXES, "form": loss_config.form}
+
+  def objective(params, batch, constants):
+    bound = model.bind(params)
+    present = {name: batch[name] for name in ("has_image", "has_text")}
+    image, text, mix = bound.embed_pair(
+      images.normalize(batch["pixels"]), batch["tokens"], **present
+    )
+    scale = jnp.exp(params["logit_scale"])
+    shared = {
+      "logit_scale": scale,
+      "pair_ids": batch["pair_ids"],
+      **present,
+      **placement,
+    }
+    if loss_config.name == "contrastive":
+      loss, directions = contrastive_loss(image, text, **shared)
+    else:
+      fused = fuse(image, text, mix) if config.fusion.as_bank else mix
+      loss, directions = gcl_loss(
+        image,
+        text,
+        fused,
+        denominator=loss_config.denominator,
+        direction_weights=weights,
+        **shared,
+      )
+    metrics = {"loss": loss, **_diagnostics(directions, mix, present, scale)}
+    if separation:
+      features = _separation_features(model, batch, constants)
+      term = intra_modal_separation_loss(image, text, features, **shared)
+      metrics["loss/separation"] = term
+      loss = loss + separation * term
+      metrics["loss"] = loss
+    return loss, metrics
+
+  return objective
+
+
+def _separation_features(model, batch, constants) -> jax.Array | None:
+  if "separation_features" in batch:
+    return batch["separation_features"]
+  if "initial_params" in constants:
+    initial = jax.lax.stop_gradient(constants["initial_params"])
+    raw = model.bind(initial).embed_text(batch["tokens"])
+    norm = jnp.linalg.norm(raw, axis=-1, keepdims=True)
+    return raw / jnp.maximum(norm, 1e-6)
+  return None
+
+
+def _diagnostics(directions, mix, present, scale) -> dict[str, jax.Array]:
+  """Per-direction losses, the logit scale, and the ratio of raw norms text : image.
+
+  The ratio is that of the mix, beta / alpha, averaged over whole pairs as a geometric
+  mean: when text norms swamp the sum, fused retrieval dies.
+  """
+  names = ("image", "text", "fused")
+  metrics = {
+    f"loss/{names[a]}_to_{names[b]}": directions[a, b]
+    for a in range(3)
+    for b in range(3)
+    if a != b
+  }
+  both = present["has_image"] & present["has_text"]
+  count = jnp.maximum(both.sum(), 1)
+  tiny = jnp.float32(1e-6)
+  log_ratio = jnp.log(jnp.maximum(mix.beta, tiny) / jnp.maximum(mix.alpha, tiny))
+  largest = jnp.maximum(mix.alpha, mix.beta)
+  metrics["fusion/norm_ratio"] = jnp.exp(jnp.where(both, log_ratio, 0).sum() / count)
+  metrics["fusion/largest_weight"] = jnp.where(both, largest, 0).max()
+  metrics["logit_scale"] = scale
+  return metrics

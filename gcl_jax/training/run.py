@@ -1,0 +1,229 @@
+"""A whole run, put together: sources, start, step, checkpoints, loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gcl_jax.checkpoints import (
+  Checkpoints,
+  RunDescription,
+  is_run,
+  read_description,
+  read_result,
+  read_results,
+  write_description,
+  write_result,
+)
+from gcl_jax.checkpoints.folder import check_free
+from gcl_jax.data import Pipeline, Source, open_source
+from gcl_jax.errors import UserError
+from gcl_jax.models import Model
+from gcl_jax.processing import Processor
+from gcl_jax.sharding import batch_devices, make_mesh, put_batch
+from gcl_jax.training.loop import run_loop
+from gcl_jax.training.objective import check_loss, make_objective
+from gcl_jax.training.optimizer import (
+  cap_logit_scale,
+  frozen_mask,
+  learning_rate_schedule,
+  make_optimizer,
+)
+from gcl_jax.training.resume import check_resumable
+from gcl_jax.training.start import make_start
+from gcl_jax.training.state import count_parameters, init_state, make_step
+
+# model, parameters, processor, mesh -> a result of JSON values
+Evaluate = Callable[[Model, Any, Processor, Mesh], Mapping[str, Any]]
+# a result -> the number that keep-best watches
+Score = Callable[[Mapping[str, Any]], float]
+
+
+def train(
+  config: ConfigDict, workdir: str | os.PathLike, evaluate: Evaluate, score: Score
+) -> bool:
+  """Runs a config in a folder, from wherever that folder's run was left.
+
+  Args:
+    config: of `default_config`, with a recipe's changes.
+    workdir: the run's folder; made where there is none.
+    evaluate: called at the start and at evaluated steps; what it returns is kept in
+      the folder.
+    score: picks from a result the number of which the best checkpoint is kept.
+
+  Returns:
+    True when it trained, False when the run there was already finished.
+
+  Raises:
+    UserError: anything in the config, the data or the folder that the user can mend;
+      before anything compiles, save for a loss that stops being finite.
+  """
+  workdir = Path(workdir)
+  check_free(workdir)
+  check_loss(config)
+  mesh = make_mesh(**config.mesh)
+  source = open_source(config.data, split=config.data.train_split)
+  total_steps = _length(config, source)
+  _check_batch(config, mesh)
+  learning_rate_schedule(config.optimizer, total_steps)  # raises on a bad one
+
+  stored = read_description(workdir) if is_run(workdir) else None
+  if stored:
+    check_resumable(stored, config, len(source), str(workdir))
+  if _finished(workdir, total_steps):
+    return False
+  model, params, processor = make_start(config, source, stored)
+  params = cap_logit_scale(params, config.temperature)
+  optimizer = make_optimizer(
+    config.optimizer, config.temperature, model.abstract(), total_steps
+  )
+  frozen = frozen_mask(config.optimizer, config.temperature, model.abstract())
+  features = _separation_features(config, len(source))
+  objective = make_objective(model, processor.image, config, mesh)
+  description = RunDescription(
+    config=config,
+    model=model.config,
+    fusion=model.fusion,
+    processor=processor,
+    steps=total_steps,
+    records=len(source),
+  )
+  write_description(workdir, description)
+  _print_run(config, params, total_steps, source, mesh, workdir)
+
+  checkpoints = Checkpoints(
+    workdir,
+    keep_last=config.checkpoint.keep_last,
+    keep_best=config.checkpoint.keep_best,
+    scores=lambda: {step: score(r) for step, r in read_results(workdir).items()},
+  )
+  state, position = init_state(params, optimizer, mesh), 0
+  latest = checkpoints.latest()
+  if latest is not None:
+    state, position = checkpoints.restore(latest, state)
+    print(f"going on from step {latest}", file=sys.stderr, flush=True)
+
+  def evaluate_and_keep(state: Any, step: int) -> None:
+    result = evaluate(model, state["params"], processor, mesh)
+    write_result(workdir, step, result)
+    print(f"\nstep {step}: {config.eval.best} {score(result):.2f}", file=sys.stderr)
+
+  if latest is None and config.eval.before and read_result(workdir, 0) is None:
+    evaluate_and_keep(state, 0)
+  elif latest and _was_due(latest, config, total_steps, workdir):
+    evaluate_and_keep(state, latest)
+
+  with_features = features is not None
+  constants = {}
+  if config.loss.intra_modal_separation and (
+    config.loss.separation_features == "initial_text_tower"
+  ):
+    constants["initial_params"] = init_state(params, optimizer, mesh)["params"]
+
+  def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    rows = {name: batch[name] for name in _STEP_KEYS}
+    if with_features:
+      rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
+    return put_batch(mesh, rows)
+
+  batches = Pipeline(
+    source,
+    processor,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    augment=config.data.augment,
+    crop_scale=tuple(config.data.crop_scale),
+    buckets=tuple(config.data.text_buckets),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    threads=config.data.threads,
+    prefetch=config.data.prefetch,
+    position=position,
+  )
+  try:
+    run_loop(
+      state,
+      config=config,
+      total_steps=total_steps,
+      step_function=make_step(objective, optimizer, frozen, config.temperature),
+      batches=batches,
+      place=place,
+      constants=constants,
+      checkpoints=checkpoints,
+      evaluate=evaluate_and_keep,
+      workdir=workdir,
+      records=len(source),
+    )
+  finally:
+    checkpoints.close()
+  return True
+
+
+_STEP_KEYS = ("pixels", "tokens", "has_image", "has_text", "pair_ids")
+
+
+def _length(config: ConfigDict, source: Source) -> int:
+  steps = config.steps or math.ceil(config.epochs * len(source) / config.batch_size)
+  if steps < 1:
+    raise UserError("config.steps and config.epochs are both 0: how long is the run?")
+  return steps
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+  parts = batch_devices(mesh)
+  if config.batch_size < 1 or config.batch_size % parts:
+    near = max(config.batch_size // parts, 1) * parts
+    raise UserError(
+      f"config.batch_size is {config.batch_size}, which {parts} devices cannot share "
+      f"evenly: {near} or {near + parts} would do."
+    )
+
+
+def _finished(workdir: Path, total_steps: int) -> bool:
+  return read_result(workdir, total_steps) is not None
+
+
+def _was_due(step: int, config: ConfigDict, total_steps: int, workdir: Path) -> bool:
+  """Whether a kill came between the saving of this step and its evaluation."""
+  every = config.eval.every
+  due = step == total_steps or bool(every and step % every == 0)
+  return due and read_result(workdir, step) is None
+
+
+def _separation_features(config: ConfigDict, records: int) -> np.ndarray | None:
+  name = config.loss.separation_features
+  if not config.loss.intra_modal_separation or not name.endswith(".npy"):
+    return None
+  try:
+    features = np.load(name, mmap_mode="r", allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise UserError(f"config.loss.separation_features={name}: {error}.") from None
+  if features.ndim != 2 or len(features) != records:
+    raise UserError(
+      f"config.loss.separation_features={name} has shape {features.shape}: it needs one "
+      f"row for each of the {records} training records, in their order."
+    )
+  return features
+
+
+def _print_run(config, params, total_steps, source, mesh, workdir) -> None:
+  counts = count_parameters(params)
+  total = sum(counts.values())
+  parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count > 1)
+  print(
+    f"{config}\n{len(source):,} training records, {total_steps} steps of "
+    f"{config.batch_size} pairs\n{total:,} parameters ({parts})\n"
+    f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}\n"
+    f"run folder: {workdir}",
+    file=sys.stderr,
+    flush=True,
+  )

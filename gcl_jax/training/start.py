@@ -1,0 +1,144 @@
+"""What a run starts from: a model, its first parameters, and its processor."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gcl_jax.checkpoints import RunDescription, is_run, read_run
+from gcl_jax.data import Source
+from gcl_jax.errors import UserError
+from gcl_jax.fusion import FusionSettings
+from gcl_jax.models import (
+  CLIPConfig,
+  Model,
+  build,
+  local_folder,
+  named_config,
+  read_pretrained,
+)
+from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
+
+_TOKENIZER_SAMPLE = 200_000  # captions that a vocabulary of our own is learned from
+
+
+def make_start(
+  config: ConfigDict, source: Source, stored: RunDescription | None = None
+) -> tuple[Model, Any, Processor]:
+  """The model, its initial parameters and its processor, as the config says.
+
+  Args:
+    config: the run's. `init.pretrained` names a Hugging Face folder, a hub id or
+      another run's folder; "" starts from random weights in the shape of
+      `model.name` and `model.hf`.
+    source: the training records; a vocabulary of our own is learned from its captions.
+    stored: the run that goes on; its shape and its processor are kept.
+
+  Returns:
+    Parameters are a nested dict of float32 arrays.
+
+  Raises:
+    UserError: nothing to start from, or what is there is not a CLIP.
+  """
+  fusion = FusionSettings(
+    of=config.fusion.of,
+    image_weight=config.fusion.image_weight,
+    text_weight=config.fusion.text_weight,
+    learned=config.fusion.learned,
+  )
+  if config.init.pretrained:
+    shape, params, processor = _pretrained(config.init.pretrained)
+    if config.model.name:
+      raise UserError(
+        f"config.model.name={config.model.name!r} shapes a model from scratch, but "
+        f"config.init.pretrained={config.init.pretrained!r} has a shape of its own: "
+        'leave the name empty, or set --config.init.pretrained="".'
+      )
+    model = _build(config, shape, fusion)
+    if fusion.learned:
+      fresh = jax.tree.map(
+        np.asarray, model.init(jax.random.key(config.seed))["fusion"]
+      )
+      params = {**params, "fusion": fresh}
+    else:
+      params = {name: tree for name, tree in params.items() if name != "fusion"}
+  else:
+    if stored:
+      model, processor = _build(config, stored.model, fusion), stored.processor
+    else:
+      model, processor = _from_scratch(config, fusion, source)
+    params = jax.jit(model.init)(jax.random.key(config.seed))
+  if config.temperature.logit_scale:
+    params = {
+      **params,
+      "logit_scale": np.log(np.float32(config.temperature.logit_scale)),
+    }
+  return model, params, processor
+
+
+def _build(config: ConfigDict, shape: CLIPConfig, fusion: FusionSettings) -> Model:
+  return build(shape, fusion=fusion, dtype=config.model.dtype, remat=config.model.remat)
+
+
+def _pretrained(name: str) -> tuple[CLIPConfig, Any, Processor]:
+  if os.path.isdir(name) and is_run(name):
+    model, params, processor, _ = read_run(name)
+    return model.config, params, processor
+  folder = local_folder(name)
+  shape, _, params = read_pretrained(folder)
+  return shape, params, Processor.from_folder(folder)
+
+
+def _from_scratch(
+  config: ConfigDict, fusion: FusionSettings, source: Source
+) -> tuple[Model, Processor]:
+  if not config.model.name and not len(config.model.hf):
+    raise UserError(
+      "nothing to start from: set config.init.pretrained to a folder or hub id, or "
+      "config.model.name to a named shape."
+    )
+  fields = named_config(config.model.name).to_hf() if config.model.name else {}
+  fields = _merged(fields, config.model.hf.to_dict())
+  if config.model.image_size:
+    size = {"vision_config": {"image_size": config.model.image_size}}
+    fields = _merged(fields, size)
+  if config.tokenizer.path:
+    tokenizer = Tokenizer.from_folder(local_folder(config.tokenizer.path))
+  else:
+    tokenizer = Tokenizer.train(
+      _captions(source, config.seed),
+      config.tokenizer.vocab_size,
+      CLIPConfig.from_hf(fields).text.context,
+    )
+  words = {
+    "vocab_size": tokenizer.vocab_size,
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": tokenizer.eos_id,
+    "pad_token_id": tokenizer.pad_id,
+  }
+  shape = CLIPConfig.from_hf(_merged(fields, {"text_config": words}))
+  processor = default_clip_processor(shape.vision.image_size, tokenizer)
+  return _build(config, shape, fusion), processor
+
+
+def _merged(base: dict, over: dict) -> dict:
+  merged = dict(base)
+  for name, value in over.items():
+    both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+    merged[name] = _merged(merged[name], value) if both else value
+  return merged
+
+
+def _captions(source: Source, seed: int) -> Iterator[str]:
+  """Every caption of up to so many records, a seeded sample where there are more."""
+  indices = range(len(source))
+  if len(source) > _TOKENIZER_SAMPLE:
+    indices = sorted(random.Random(seed).sample(indices, _TOKENIZER_SAMPLE))
+  for index in indices:
+    yield from source[index]["texts"]

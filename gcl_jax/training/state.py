@@ -1,0 +1,102 @@
+"""What a run carries from step to step, and one jitted step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gcl_jax.sharding import REPLICATED_PARAMETERS, map_with_path, replicated, shardings
+from gcl_jax.training.objective import Objective
+from gcl_jax.training.optimizer import cap_logit_scale
+
+# {"params", "optimizer": optax state, "step": int32 steps taken,
+#  "bad_records": int32 unreadable records so far, over all processes,
+#  "failed_step": int32, the first step whose loss or update was not finite, or -1}
+State = dict[str, Any]
+Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """A fresh state on the mesh, parameters placed by the sharding rules."""
+  placed = jax.device_put(params, shardings(mesh, params, REPLICATED_PARAMETERS))
+  everywhere = replicated(mesh)
+  # The moments take their parameters' places; counters go everywhere.
+  moments = jax.jit(optimizer.init)(placed)
+  moments = jax.device_put(moments, jax.tree.map(lambda _: everywhere, moments))
+  counters = {"step": 0, "bad_records": 0, "failed_step": -1}
+  return {
+    "params": placed,
+    "optimizer": moments,
+    **{
+      name: jax.device_put(jnp.int32(value), everywhere)
+      for name, value in counters.items()
+    },
+  }
+
+
+def make_step(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  frozen: Any,
+  temperature: ConfigDict,
+) -> Step:
+  """One optimizer step, jitted, with the state donated.
+
+  Args:
+    objective: of `make_objective`.
+    optimizer: of `make_optimizer`.
+    frozen: a tree of bools like the parameters: no gradient is computed for these.
+    temperature: `config.temperature`.
+
+  Returns:
+    step(state, batch, constants) -> (state, metrics). Metrics are float32 scalars on
+    the device. The step never checks for NaN on the host: it writes the number of the
+    first bad step into the state, which the loop reads before it writes anything.
+  """
+
+  def loss_of(params, batch, constants):
+    held = jax.tree.map(
+      lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen
+    )
+    return objective(held, batch, constants)
+
+  def step(state, batch, constants):
+    params = state["params"]
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
+      params, batch, constants
+    )
+    updates, moments = optimizer.update(grads, state["optimizer"], params)
+    new_params = cap_logit_scale(optax.apply_updates(params, updates), temperature)
+    grad_norm, update_norm = optax.global_norm(grads), optax.global_norm(updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+    first = (state["failed_step"] < 0) & ~finite
+    unread = ~(batch["has_image"] | batch["has_text"])
+    new_state = {
+      "params": new_params,
+      "optimizer": moments,
+      "step": state["step"] + 1,
+      "bad_records": state["bad_records"] + unread.sum().astype(jnp.int32),
+      "failed_step": jnp.where(first, state["step"] + 1, state["failed_step"]),
+    }
+    norms = {"gradient_norm": grad_norm, "update_norm": update_norm}
+    return new_state, {**metrics, **norms}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+  """Number of values below each top-level path."""
+  counts: dict[str, int] = {}
+
+  def add(path: str, leaf: Any) -> None:
+    top = path.split("/")[0]
+    counts[top] = counts.get(top, 0) + int(leaf.size)
+
+  map_with_path(add, params)
+  return counts

@@ -1,0 +1,123 @@
+"""Schedule, decay by path, factors by path, freezing, the cap of the logit scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gcl_jax.errors import UserError
+from gcl_jax.training import optimizer as optimizers
+from gcl_jax.training.config import default_config
+
+STEPS = 100
+
+
+def params():
+  return {
+    "vision": {"dense": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}},
+    "text": {"token_embedding": {"embedding": jnp.ones((4, 3))}},
+    "logit_scale": jnp.float32(3.0),
+  }
+
+
+def update(config, tree, grads):
+  optimizer = optimizers.make_optimizer(
+    config.optimizer, config.temperature, tree, STEPS
+  )
+  updates, _ = optimizer.update(grads, optimizer.init(tree), tree)
+  return optax.apply_updates(tree, updates)
+
+
+def plain():
+  config = default_config()
+  config.optimizer.schedule = "constant"
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.clip_norm = 0.0
+  return config
+
+
+def test_warm_up_then_cosine():
+  config = default_config().optimizer
+  config.learning_rate, config.warmup_steps, config.final_fraction = 2.0, 10, 0.5
+  rate = optimizers.learning_rate_schedule(config, 110)
+  np.testing.assert_allclose(
+    [rate(0), rate(5), rate(10), rate(60), rate(110)],
+    [0.0, 1.0, 2.0, 1.5, 1.0],
+    atol=1e-6,
+  )
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+  config = default_config().optimizer
+  config.warmup_steps = 50
+  with pytest.raises(UserError, match=r"warmup_steps is 50.*only 50 steps"):
+    optimizers.learning_rate_schedule(config, 50)
+
+
+def test_only_kernels_and_embeddings_decay():
+  config, tree = plain(), params()
+  config.optimizer.weight_decay = 0.5
+  new = update(config, tree, jax.tree.map(jnp.zeros_like, tree))
+  # decay alone: 1 - learning rate * decay
+  np.testing.assert_allclose(new["vision"]["dense"]["kernel"], 0.95)
+  np.testing.assert_allclose(new["text"]["token_embedding"]["embedding"], 0.95)
+  # a stacked bias has two axes and must still not decay
+  np.testing.assert_array_equal(new["vision"]["dense"]["bias"], 1.0)
+  assert new["logit_scale"] == 3.0
+
+
+def test_factors_scale_the_update_and_zero_freezes_to_the_bit():
+  config, tree = plain(), params()
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.multipliers = (("text/.*", 0.0), (".*/bias", 0.1))
+  new = update(config, tree, jax.tree.map(jnp.ones_like, tree))
+  np.testing.assert_array_equal(new["text"]["token_embedding"]["embedding"], 1.0)
+  np.testing.assert_allclose(new["vision"]["dense"]["kernel"], 0.9, rtol=1e-5)
+  np.testing.assert_allclose(new["vision"]["dense"]["bias"], 0.99, rtol=1e-5)
+
+
+def test_frozen_parameters_hold_no_moments_and_do_not_count_in_the_norm():
+  config, tree = plain(), params()
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.multipliers = (("text/.*", 0.0),)
+  optimizer = optimizers.make_optimizer(
+    config.optimizer, config.temperature, tree, STEPS
+  )
+  state = optimizer.init(tree)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+  assert (4, 3) not in shapes
+  grads = jax.tree.map(jnp.zeros_like, tree)
+  grads["vision"]["dense"]["bias"] += 0.01
+  big = {**grads, "text": jax.tree.map(lambda x: x + 1e6, grads["text"])}
+  for given in (grads, big):  # a huge gradient there must not clip the rest away
+    updates, _ = optimizer.update(given, state, tree)
+    assert float(jnp.abs(updates["vision"]["dense"]["bias"]).min()) > 0.05
+
+
+def test_a_fixed_logit_scale_is_frozen_and_a_learned_one_is_capped():
+  config, tree = plain(), params()
+  config.temperature.mode = "fixed"
+  frozen = optimizers.frozen_mask(config.optimizer, config.temperature, tree)
+  assert frozen["logit_scale"] is True
+  assert frozen["vision"]["dense"]["kernel"] is False
+  config.temperature.mode = "learned"
+  capped = optimizers.cap_logit_scale({"logit_scale": 9.0}, config.temperature)
+  np.testing.assert_allclose(jnp.exp(capped["logit_scale"]), 100.0, rtol=1e-5)
+  capped = optimizers.cap_logit_scale({"logit_scale": -1.0}, config.temperature)
+  assert capped["logit_scale"] == 0.0
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ((("txt/.*", 0.0),), "no parameter's path matches"),
+    ((("text/(", 0.0),), "no regular expression"),
+    (((".*", 0.0),), "freezes every parameter"),
+  ],
+)
+def test_bad_multipliers_are_named(rules, message):
+  config = plain()
+  config.optimizer.multipliers = rules
+  with pytest.raises(UserError, match=message):
+    optimizers.make_optimizer(config.optimizer, config.temperature, params(), STEPS)
