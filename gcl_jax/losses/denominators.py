@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 DENOMINATORS = ("self_masked", "literal", "clean", "cross_only", "target_only")
@@ -59,20 +60,35 @@ def blocks(denominator: str, modalities: int = 3) -> frozenset[tuple[int, int]]:
   )
 
 
-def excess(others: Sequence[Array], positive: Array) -> Array:
-  """log(e^positive + Σ e^others) − positive, for (n,) terms of which −∞ are none.
+def excess(others: Array, positive: Array) -> Array:
+  """log(e^positive + Σ e^others) − positive.
 
   The positive is subtracted before the logarithm: at scale 100 a small loss would
   otherwise drown in the rounding of two large numbers. It is part of the one
   logsumexp, so no sum is empty and every gradient is finite.
+
+  Args:
+    others: (T, ...) terms, −∞ for none.
+    positive: (...), finite.
   """
-  if not others:
-    return jnp.zeros_like(positive)
-  above = jnp.stack([term - positive for term in others])
+  above = others - positive
   peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(above, axis=0), 0.0))
   # log(e^-peak + Σ e^(above - peak)); the positive's own term is e^-peak.
   total_less_one = jnp.expm1(-peak) + jnp.sum(jnp.exp(above - peak), axis=0)
   return peak + jnp.log1p(total_less_one)
+
+
+def members(denominator: str, modalities: int = 3) -> np.ndarray:
+  """`candidates` as a table: (2 M, M, M) bool.
+
+  [m, a, b]: lse[a, m] counts in direction (a, b); [M + m, a, b]: so does s_am.
+  """
+  table = np.zeros((2, modalities, modalities, modalities), bool)
+  for a, b in ordered_pairs(modalities):
+    negatives, companions = candidates(denominator, a, b, modalities)
+    table[0, list(negatives), a, b] = True
+    table[1, list(companions), a, b] = True
+  return table.reshape(2 * modalities, modalities, modalities)
 
 
 def direction_losses(
@@ -94,22 +110,17 @@ def direction_losses(
     (M, M) float32 each, diagonals zero. Over several devices: sum both over them.
   """
   modalities = len(banks)
-  sums = jnp.zeros((modalities, modalities))
-  counts = jnp.zeros((modalities, modalities))
-  same = {}
-  for a in range(modalities):
-    for m in range(a, modalities):
-      product = scale * jnp.sum(banks[a] * banks[m], axis=-1)
-      same[a, m] = same[m, a] = product
-  for a, b in ordered_pairs(modalities):
-    negatives, companions = candidates(denominator, a, b, modalities)
-    others = [lse[a, m] for m in negatives]
-    others += [jnp.where(there[m], same[a, m], -jnp.inf) for m in companions]
-    counted = there[a] & there[b]
-    loss = jnp.where(counted, excess(others, same[a, b]), 0.0)
-    sums = sums.at[a, b].set(jnp.sum(loss))
-    counts = counts.at[a, b].set(jnp.sum(counted, dtype=jnp.float32))
-  return sums, counts
+  rows, exists = jnp.stack(banks), jnp.stack(there)
+  same = scale * jnp.sum(rows[:, None] * rows[None, :], axis=-1)
+  companions = jnp.where(exists, same, -jnp.inf)
+  terms = jnp.concatenate([lse, companions], axis=1)  # (a, 2 M, n)
+  terms = jnp.moveaxis(terms, 1, 0)[:, :, None, :]  # (2 M, a, 1, n), for every b
+  table = members(denominator, modalities)[..., None]
+  loss = excess(jnp.where(table, terms, -jnp.inf), same)
+  counted = exists[:, None] & exists[None, :]
+  counted &= ~np.eye(modalities, dtype=bool)[..., None]
+  sums = jnp.sum(jnp.where(counted, loss, 0.0), axis=-1)
+  return sums, jnp.sum(counted, axis=-1, dtype=jnp.float32)
 
 
 def weighted_mean(sums: Array, counts: Array, weights: Array) -> tuple[Array, Array]:
@@ -122,7 +133,7 @@ def weighted_mean(sums: Array, counts: Array, weights: Array) -> tuple[Array, Ar
   Returns:
     The loss, a scalar, 0 where nothing counts; and (M, M) means without gradient.
   """
-  weights = jnp.where(jnp.eye(len(sums), dtype=bool), 0.0, weights)
+  weights = jnp.where(np.eye(len(sums), dtype=bool), 0.0, weights)
   weight = jnp.sum(weights * counts)
   some = weight != 0
   loss = jnp.where(some, jnp.sum(weights * sums) / jnp.where(some, weight, 1.0), 0.0)

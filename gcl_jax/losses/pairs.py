@@ -92,7 +92,8 @@ def make_pairs(
     _check("fused", fused, image.shape)
     fused = _zero_absent(fused, both)
   if text_features is not None:
-    _check("text_features", text_features, (*rows, *text_features.shape[1:2]))
+    if text_features.ndim != 2 or text_features.shape[:1] != rows:
+      raise ValueError(f"text_features has shape {text_features.shape}, not (N, F)")
     text_features = _unit(_zero_absent(text_features, text_there))
     text_features = jax.lax.stop_gradient(text_features)
   return Pairs(

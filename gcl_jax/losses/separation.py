@@ -101,7 +101,7 @@ def _mean_loss(
     lse = dense.masked_logsumexp(logits, mask)
     counted = rows.has_image & rows.has_text
     positive = scale * jnp.sum(rows.image * rows.text, axis=-1)
-    loss = jnp.where(counted, denominators.excess([lse], positive), 0.0)
+    loss = jnp.where(counted, denominators.excess(lse[None], positive), 0.0)
     count = summing.total(jnp.sum(counted, dtype=jnp.float32))
     return summing.total(jnp.sum(loss)) / jnp.maximum(count, 1.0)
 

@@ -133,9 +133,8 @@ def _ours(denominator, kind, name, scale, weighted, **options):
 
   arrays = [jnp.asarray(x) for x in (case.image, case.text, *third)]
   arrays.append(jnp.float32(scale))
-  (loss, directions), gradients = jax.value_and_grad(
-    run, argnums=tuple(range(len(arrays))), has_aux=True
-  )(*arrays)
+  run = jax.value_and_grad(run, argnums=tuple(range(len(arrays))), has_aux=True)
+  (loss, directions), gradients = jax.jit(run)(*arrays)
   return loss, directions, gradients
 
 
@@ -167,9 +166,12 @@ def test_bfloat16_inputs_are_summed_in_float32(mixed):
   case = loss_cases.clean(32, 64)
   image, text, bank = (jnp.asarray(x, jnp.bfloat16) for x in case[:3])
   third = Mix(jnp.asarray(case.alpha), jnp.asarray(case.beta)) if mixed else bank
-  (loss, directions), gradients = jax.value_and_grad(
-    lambda *x: gcl_loss(*x, third, logit_scale=100.0), argnums=(0, 1), has_aux=True
-  )(image, text)
+  run = jax.jit(
+    jax.value_and_grad(
+      lambda *x: gcl_loss(*x, third, logit_scale=100.0), argnums=(0, 1), has_aux=True
+    )
+  )
+  (loss, directions), gradients = run(image, text)
   assert loss.dtype == directions.dtype == jnp.float32
   assert {g.dtype for g in gradients} == {jnp.dtype(jnp.bfloat16)}
   wide = [x.astype(jnp.float32) for x in (image, text, bank)]
@@ -179,9 +181,7 @@ def test_bfloat16_inputs_are_summed_in_float32(mixed):
     )
   want, _ = loss_oracle.gcl(*(np.asarray(x, np.float64) for x in wide), 100)
   assert error(loss, want) < TOLERANCE
-  full = jax.grad(lambda *x: gcl_loss(*x, third, logit_scale=100.0)[0], argnums=(0, 1))(
-    *wide[:2]
-  )
+  _, full = run(*wide[:2])
   for got, exact in zip(gradients, full, strict=True):
     # Rounded once, at the end: half a unit of bfloat16's eight bits.
     got, exact = np.asarray(got, np.float32), np.asarray(exact)
@@ -227,8 +227,8 @@ def test_contrastive_messy_batch_against_the_oracle():
   def ours(image, text, scale):
     return contrastive_loss(image, text, logit_scale=scale, **case.options)
 
-  (loss, directions), gradients = jax.value_and_grad(
-    ours, argnums=(0, 1, 2), has_aux=True
+  (loss, directions), gradients = jax.jit(
+    jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True)
   )(jnp.asarray(case.image), jnp.asarray(case.text), jnp.float32(20))
 
   def oracle(image, text, scale):

@@ -1,0 +1,174 @@
+"""The losses over eight devices: the global batch's value and gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import loss_cases
+import loss_oracle
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from loss_oracle import DENOMINATORS, error
+
+from gcl_jax.fusion import Mix
+from gcl_jax.losses import contrastive_loss, gcl_loss, intra_modal_separation_loss
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def _mesh(*shape):
+  devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sixteen():
+  """Two messy batches, the second under other ids: two rows a device."""
+  first, second = loss_cases.messy(seed=1), loss_cases.messy(seed=2)
+  arrays = [np.concatenate(pair) for pair in zip(first[:5], second[:5], strict=True)]
+  options = {
+    name: np.concatenate([first.options[name], second.options[name]])
+    for name in first.options
+  }
+  options["pair_ids"][8:, 0] += 100
+  return loss_cases.Case(*arrays, options)
+
+
+def _run(case, kind, mesh, denominator, place=lambda x: x):
+  third = (case.fused,) if kind == "bank" else (case.alpha, case.beta)
+  options = jax.tree.map(lambda x: place(jnp.asarray(x)), case.options)
+
+  def run(image, text, *rest):
+    return gcl_loss(
+      image,
+      text,
+      rest[0] if kind == "bank" else Mix(*rest[:2]),
+      logit_scale=rest[-1],
+      denominator=denominator,
+      direction_weights=loss_cases.WEIGHTS,
+      mesh=mesh,
+      batch_axes=("data", "fsdp"),
+      **options,
+    )
+
+  arrays = [place(jnp.asarray(x)) for x in (case.image, case.text, *third)]
+  arrays.append(jnp.float32(20))
+  run = jax.value_and_grad(run, argnums=tuple(range(len(arrays))), has_aux=True)
+  (loss, directions), gradients = jax.jit(run)(*arrays)
+  return [loss, directions, *gradients]
+
+
+def _reference(case, kind, denominator):
+  image, text, fused, alpha, beta = case.for_oracle()
+  oracle = loss_oracle.gcl_function(
+    16, denominator, loss_cases.WEIGHTS, **case.oracle_options()
+  )
+
+  def run(image, text, *rest):
+    bank = rest[0] if kind == "bank" else loss_oracle.mixed(image, text, *rest[:2])
+    return oracle(image, text, bank, rest[-1])
+
+  third = (fused,) if kind == "bank" else (alpha, beta)
+  arrays = (image, text, *third, np.float64(20))
+  gradients = loss_oracle.central_differences(lambda *x: run(*x)[0], arrays)
+  return [*run(*arrays), *gradients]
+
+
+@pytest.mark.parametrize(
+  ("denominator", "kind", "shape"),
+  [
+    ("self_masked", "bank", (8, 1, 1)),
+    ("self_masked", "mix", (4, 2, 1)),
+    ("literal", "bank", (2, 2, 2)),
+    ("clean", "mix", (2, 4, 1)),
+    ("cross_only", "mix", (8, 1, 1)),
+    ("target_only", "bank", (4, 2, 1)),
+  ],
+)
+def test_devices_agree_with_the_float64_oracle(denominator, kind, shape):
+  case = _sixteen()
+  mesh = _mesh(*shape)
+  sharding = NamedSharding(mesh, P(("data", "fsdp")))
+  alone = _run(case, kind, None, denominator)
+  many = _run(case, kind, mesh, denominator, lambda x: jax.device_put(x, sharding))
+  want = _reference(case, kind, denominator)
+  for one, other, reference in zip(alone, many, want, strict=True):
+    allowed = max(1e-5, 2 * error(one, reference))
+    assert error(other, reference) <= allowed
+
+
+def test_arrays_that_are_not_sharded_yet():
+  case = _sixteen()
+  alone = _run(case, "bank", None, "self_masked")
+  many = _run(case, "bank", _mesh(4, 2, 1), "self_masked")
+  for one, other in zip(alone, many, strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
+
+
+def test_without_an_outer_jit():
+  case = loss_cases.clean(8)
+  alone, nine = gcl_loss(*case[:3], logit_scale=20.0)
+  many, same = gcl_loss(*case[:3], logit_scale=20.0, mesh=_mesh(8, 1, 1))
+  assert many == pytest.approx(float(alone), rel=1e-6)
+  np.testing.assert_allclose(same, nine, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "separation"])
+def test_the_other_losses_on_eight_devices(name):
+  case = _sixteen()
+  features = np.random.default_rng(5).normal(size=(16, 3)).astype(np.float32)
+  features[~case.options["has_text"]] = np.nan
+
+  def run(image, text, scale, mesh):
+    options = {"logit_scale": scale, "mesh": mesh, **case.options}
+    if name == "contrastive":
+      return contrastive_loss(image, text, **options)[0]
+    return intra_modal_separation_loss(image, text, features, **options)
+
+  results = [
+    jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)), static_argnums=3)(
+      jnp.asarray(case.image), jnp.asarray(case.text), jnp.float32(20), mesh
+    )
+    for mesh in (None, _mesh(8, 1, 1))
+  ]
+  (alone, gradients), (many, others) = results
+  assert many == pytest.approx(float(alone), rel=1e-5)
+  for one, other in zip(gradients, others, strict=True):
+    assert error(other, one) < 1e-5
+
+
+def test_a_device_holds_the_logits_of_its_own_rows_only():
+  n, width, mesh = 48, 5, _mesh(8, 1, 1)
+  sharding = NamedSharding(mesh, P("data"))
+  bank = jax.ShapeDtypeStruct((n, width), jnp.float32, sharding=sharding)
+
+  def run(image, text, fused):
+    return gcl_loss(image, text, fused, logit_scale=20.0, mesh=mesh)[0]
+
+  lowered = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(bank, bank, bank)
+  text = lowered.compile().as_text()
+  assert "[6,48]" in text
+  assert not re.search(r"\[(48|144),(48|144)", text)
+  written = lowered.as_text()
+  assert "stablehlo.all_gather" in written
+  assert "stablehlo.reduce_scatter" in written
+
+
+@pytest.mark.parametrize(
+  ("n", "axes", "message"),
+  [
+    (12, ("data",), "12 pairs are not divisible over 8 devices"),
+    (8, ("batch",), "the mesh has axes"),
+    (8, (), "the mesh has axes"),
+  ],
+)
+def test_a_mesh_that_does_not_fit(n, axes, message):
+  case = loss_cases.clean(n)
+  with pytest.raises(ValueError, match=message):
+    gcl_loss(*case[:3], logit_scale=20.0, mesh=_mesh(8, 1, 1), batch_axes=axes)
+
+
+def test_every_denominator_is_tested_over_devices():
+  marks = test_devices_agree_with_the_float64_oracle.pytestmark
+  assert {case[0] for case in marks[0].args[1]} == set(DENOMINATORS)
