@@ -1,4 +1,4 @@
-"""CLIP and TinyCLIP in Flax NNX, from and to Hugging Face."""
+"""CLIP and TinyCLIP: shapes, the flax.nnx model, Hugging Face folders in and out."""
 
 from gcl_jax.models.clip import CLIP, Model, build
 from gcl_jax.models.config import (

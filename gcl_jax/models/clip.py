@@ -172,7 +172,9 @@ class VisionTower(nnx.Module):
     config = self.config
     size, patch, grid = config.image_size, config.patch, config.grid
     if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
-      raise ValueError(f"pixels {pixels.shape}: this model takes (B, {size}, {size}, 3)")
+      raise ValueError(
+        f"pixels {pixels.shape}: this model takes (B, {size}, {size}, 3)"
+      )
     batch = pixels.shape[0]
     x = pixels[:, : grid * patch, : grid * patch].astype(self.dtype)
     x = x.reshape(batch, grid, patch, grid, patch * 3).transpose(0, 1, 3, 2, 4)

@@ -110,7 +110,9 @@ class CLIPConfig:
       towers[name] = part or {}
     if towers["vision"].get("num_channels", 3) != 3:
       channels = towers["vision"]["num_channels"]
-      raise UserError(f"vision_config.num_channels is {channels!r}: images here have 3.")
+      raise UserError(
+        f"vision_config.num_channels is {channels!r}: images here have 3."
+      )
     vision = VisionConfig(**_fields(towers["vision"], _VISION, VisionConfig, "vision"))
     text = TextConfig(**_fields(towers["text"], _TEXT, TextConfig, "text"))
     if vision.grid < 1:
