@@ -57,12 +57,27 @@ def test_pictures_of_other_rows_are_query_views():
   assert len({document for document, _ in views}) == 4  # the hash takes all of them
 
 
-def test_one_photo_a_caption_row_as_bytes_is_one_picture():
+@pytest.mark.parametrize("form", [str, str.encode])
+def test_one_photo_in_five_caption_rows_is_one_picture(form):
   source = [
-    {"id": str(v), "group": "a", "images": [b"jpeg"], "texts": [f"caption {v}"]}
+    {"id": f"{k}{v}", "group": str(k), "images": [form(f"{k}")], "texts": [f"{k}{v}"]}
+    for k in range(20)
     for v in range(5)
   ]
-  assert build_items(source).counts["cropped_views"] == 1
+  items = build_items(source)
+  assert items.counts["cropped_views"] == 20
+  assert {item.document_picture.record % 5 for item in items} == {0}  # the first row
+
+
+def test_captions_that_differ_in_blanks_and_case_are_one():
+  source = [
+    {"id": f"{k}", "images": [], "texts": [f"dog {k}", f" DOG  {k}", f"cat {k}"]}
+    for k in range(20)
+  ]
+  items = build_items(source)
+  for item in items:
+    pair = {item.document_caption, item.query_caption}
+    assert pair == {f"dog {item.name}", f"cat {item.name}"}
 
 
 def test_lazy_sequences_are_asked_only_for_what_is_chosen():

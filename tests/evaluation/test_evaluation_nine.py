@@ -37,7 +37,8 @@ def noisy(n, width=16, noise=1.0):
       k, m = whose(image, text)
       colours = () if image is None else image.convert("RGB").getpixel((0, 0))
       seed = [k, m, *colours, *(text or "").encode()]
-      rows.append(base[k] + noise * np.random.default_rng(seed).normal(size=width))
+      draw = np.random.default_rng(seed).normal(size=width)
+      rows.append(base[k] + noise * draw + 0.5 * base[m])  # base[m]: a modality's cone
     rows = np.array(rows, np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -97,6 +98,8 @@ def test_segregated_model_is_unmasked_by_the_global_pool():
   assert plain["global"]["same"]["R@1"] == 100
   assert plain["global"]["other"]["R@1"] == 0
   assert plain["own_share"]["mean"] == 100
+  even = dict.fromkeys(("image", "text", "fused"), 100 / 3)
+  assert plain["own_share"]["no_bias"] == pytest.approx(even)
   assert plain["gap"]["norm"] == pytest.approx(dict.fromkeys(LETTERS, 0.9))
   delta = dict.fromkeys(("i-t", "i-it", "t-it"), 0.9 * 2**0.5)
   assert plain["gap"]["delta"] == pytest.approx(delta)
@@ -124,7 +127,7 @@ def odd_records():
   return source + [record(k, views=1) for k in range(29, 32)]
 
 
-def by_definition(items, embed):
+def by_definition(items, embed, center):
   """Ranks (pool, q, c) -> {item: rank} from the definition, one query at a time."""
 
   def vector(image, text):
@@ -138,6 +141,10 @@ def by_definition(items, embed):
       return None
     image = items.document_picture(k) if m != 1 else None
     return vector(image, item.document_caption if m != 0 else None)
+
+  def centered(row, m):
+    row = row - means[m]
+    return row / np.linalg.norm(row)
 
   def query(k, m, c):
     item = items[k]
@@ -154,12 +161,22 @@ def by_definition(items, embed):
 
   n = len(items)
   documents = {(k, m): document(k, m) for k in range(n) for m in range(3)}
+  means = [
+    np.mean([documents[k, m] for k in range(n) if documents[k, m] is not None], axis=0)
+    for m in range(3)
+  ]
+  if center:
+    documents = {
+      (k, m): None if row is None else centered(row, m)
+      for (k, m), row in documents.items()
+    }
   ranks = {}
   for q, c in CELLS:
     for k in range(n):
       asked = query(k, q, c)
       if asked is None or documents[k, c] is None:
         continue
+      asked = centered(asked, q) if center else asked
       local = [documents[j, c] for j in range(n) if documents[j, c] is not None]
       mine = asked @ documents[k, c]
       rank = sum(asked @ d >= mine - 1e-6 for d in local)
@@ -174,24 +191,26 @@ def by_definition(items, embed):
   return ranks
 
 
-def test_equals_the_definition():
+@pytest.mark.parametrize("view", ["plain", "centered"])
+def test_equals_the_definition(view):
   items = build_items(odd_records())
   embed = noisy(32)
-  result = evaluate_nine(items, embed, center=False, chunk=5)
-  expected = by_definition(items, embed)
+  result = evaluate_nine(items, embed, center=view, chunk=5)
+  expected = by_definition(items, embed, view == "centered")
   asked = 0
   for q, c in CELLS:
     for pool in ("local", "global"):
       ranks = np.array(list(expected[pool, q, c].values()))
-      cell = cells(result, pool)[cell_name(q, c)]
+      cell = cells(result, pool, view)[cell_name(q, c)]
       assert cell["queries"] == len(ranks)
       assert cell["median_rank"] == np.median(ranks)
       for k in (1, 5, 10, 50):
         assert cell[f"R@{k}"] == pytest.approx(100 * np.mean(ranks <= k))
       asked += len(ranks)
   assert asked > 100
-  assert cells(result, "global")["t->i"]["pool"] == 32
-  assert [cells(result, "local")[f"t->{c}"]["pool"] for c in LETTERS] == [25, 28, 21]
+  assert cells(result, "global", view)["t->i"]["pool"] == 32
+  sizes = [cells(result, "local", view)[f"t->{c}"]["pool"] for c in LETTERS]
+  assert sizes == [25, 28, 21]
 
 
 def test_global_pools_hold_every_item_once_and_ask_every_cell_once():
@@ -315,6 +334,9 @@ def test_unreadable_pictures_are_counted_and_left_out():
   source = records(n)
   source[3]["images"] = [b"no picture"] * 2
   source[5]["images"] = [b"\xff\xd8 neither", b"nor this"]
+  source += [record(n + k, views=1, captions=0) for k in range(6)]
+  for lost in source[n:]:
+    lost["images"] = [b"no picture, and no text either"]
   embed = perfect(n)
 
   def strict(images, texts):
@@ -323,7 +345,7 @@ def test_unreadable_pictures_are_counted_and_left_out():
     return embed(images, texts)
 
   result = evaluate_nine(build_items(source), strict, center=False)
-  assert result["items"]["bad_images"] == 3
+  assert result["items"]["bad_images"] == 3 + 6
   assert cells(result, "local")["t->i"]["queries"] == n - 2
   assert cells(result, "local")["t->i"]["pool"] == n - 2
   assert cells(result, "local")["t->t"]["queries"] == n
@@ -332,8 +354,15 @@ def test_unreadable_pictures_are_counted_and_left_out():
 
 
 def test_an_error_of_the_model_is_not_swallowed():
+  embed = perfect(3)
+
   def broken(images, texts):
-    raise ValueError("shapes do not fit")
+    if not broken.calls:
+      broken.calls += 1
+      raise ValueError("shapes do not fit")
+    return embed(images, texts)
+
+  broken.calls = 0
 
   with pytest.raises(ValueError, match="shapes do not fit"):
     evaluate_nine(build_items(records(3)), broken)
@@ -372,7 +401,7 @@ def test_views_and_json_round_trip():
 
 def test_errors_of_means_come_from_items():
   n = 200
-  result = evaluate_nine(build_items(records(n)), noisy(n, noise=0.25), center=False)
+  result = evaluate_nine(build_items(records(n)), noisy(n, noise=0.2), center=False)
   cell = cells(result, "local")["t->i"]
   p = cell["R@1"] / 100
   assert 0.2 < p < 0.95
