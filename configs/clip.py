@@ -10,6 +10,7 @@ only), the loss over all six directions with equal weights, score fusion by addi
 Everything marked "ours" is not stated there.
 """
 
+from gcl_jax.errors import UserError
 from gcl_jax.training.config import default_config
 
 _HUB = {
@@ -23,7 +24,7 @@ _HUB = {
 def get_config(variant: str = "B32"):
   """Fine-tuning of a CLIP; `variant` is B32, B16, L14 or L14_336."""
   if variant not in _HUB:
-    raise ValueError(f"configs/clip.py:{variant}: there are {', '.join(_HUB)}.")
+    raise UserError(f"configs/clip.py:{variant}: there are {', '.join(_HUB)}.")
   config = default_config()
   config.name = f"clip_{variant}"
   config.init.pretrained = _HUB[variant]

@@ -10,6 +10,7 @@ leaves a modality gap, and where the loss shows its effect. Variants, to compare
     python -m gcl_jax.train --config=configs/demo.py:literal      (or another denominator)
 """
 
+from gcl_jax.errors import UserError
 from gcl_jax.training.config import default_config
 
 _LOSSES = ("self_masked", "literal", "clean", "cross_only", "target_only")
@@ -18,7 +19,7 @@ _LOSSES = ("self_masked", "literal", "clean", "cross_only", "target_only")
 def get_config(variant: str = "self_masked"):
   """The demo; `variant` is a denominator of the loss, or contrastive."""
   if variant not in (*_LOSSES, "contrastive"):
-    raise ValueError(
+    raise UserError(
       f"configs/demo.py:{variant}: the variants are contrastive, {', '.join(_LOSSES)}."
     )
   config = default_config()

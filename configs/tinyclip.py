@@ -12,6 +12,7 @@ only), the loss over all six directions with equal weights, score fusion by addi
 Everything marked "ours" is not stated there.
 """
 
+from gcl_jax.errors import UserError
 from gcl_jax.training.config import default_config
 
 _HUB = {
@@ -25,7 +26,7 @@ _HUB = {
 def get_config(variant: str = "40M"):
   """Fine-tuning of a TinyCLIP; `variant` is 8M, 39M, 40M or 61M."""
   if variant not in _HUB:
-    raise ValueError(f"configs/tinyclip.py:{variant}: there are {', '.join(_HUB)}.")
+    raise UserError(f"configs/tinyclip.py:{variant}: there are {', '.join(_HUB)}.")
   config = default_config()
   config.name = f"tinyclip_{variant}"
   config.init.pretrained = _HUB[variant]

@@ -6,8 +6,10 @@ is a bug, with its traceback.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -16,12 +18,13 @@ from gcl_jax.errors import UserError
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; ends the process."""
-  # The libraries narrate every file that they write; --verbosity=0 shows it.
-  flags.FLAGS.set_default("verbosity", logging.WARNING)
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
 def _guarded(main: Callable[[], None]) -> None:
+  if flags.FLAGS["verbosity"].using_default_value:
+    # The libraries narrate every file that they write; --verbosity=0 shows it.
+    logging.set_verbosity(logging.WARNING)
   try:
     main()
   except UserError as error:
@@ -36,21 +39,43 @@ def _guarded(main: Callable[[], None]) -> None:
 def _parse(argv: Sequence[str]) -> Sequence[str]:
   """Absl's parser, whose every complaint becomes one message."""
   try:
+    _check_recipe(argv)
     rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    _fail(f"{error}. See --help.")
-  except (AttributeError, KeyError, TypeError) as error:
-    # ml_collections: an unknown field (it names the nearest) or a value of another type.
-    _fail(f"{error}".strip("\"'"))
-  except (FileNotFoundError, ImportError, SyntaxError) as error:
-    _fail(f"--config cannot be read: {error}")
-  except ValueError as error:
-    _fail(str(error))
   except UserError as error:
     _fail(str(error))
+  except AttributeError as error:
+    _fail(_unknown_field(argv, error))
+  except flags.Error as error:
+    _fail(f"{error}. See --help.")
+  except (KeyError, TypeError, ValueError) as error:
+    _fail(f"{error}. See --help.")
   if len(rest) > 1:
     _fail(f"{rest[1]!r} is not a flag: flags begin with --. See --help.")
   return rest
+
+
+def _check_recipe(argv: Sequence[str]) -> None:
+  """ml_collections reports a recipe that is not there only when it is first used."""
+  for given, following in zip(argv, (*argv[1:], ""), strict=True):
+    name, equals, value = given.lstrip("-").partition("=")
+    if name == "config" and given.startswith("-"):
+      path = (value if equals else following).split(":")[0]
+      if not Path(path).is_file():
+        near = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.py"))[:9])
+        there = f" There are {near}." if near else " Start in the root of the repository."
+        raise UserError(f"--config={path}: there is no such file.{there}")
+
+
+def _unknown_field(argv: Sequence[str], error: AttributeError) -> str:
+  """Which flag names a field that the config lacks, and the nearest field."""
+  said = str(error).replace("\\", "")
+  found = re.search(r"'(\w+)'", said)
+  near = re.search(r'Did you mean "(\w+)"', said)
+  field = found[1] if found else said
+  pattern = rf"--?(config\.[\w.]*\b{field}\b)"
+  flag = next((m[1] for m in map(re.compile(pattern).match, argv) if m), field)
+  hint = f' Did you mean "{near[1]}"?' if near else ""
+  return f"--{flag}: there is no such field.{hint}"
 
 
 def _fail(message: str) -> None:
