@@ -12,11 +12,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
 from gcl_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from gcl_jax.data.record import Source
 
 CROP_AREA = (0.3, 0.6)  # of the picture, for the query view of a single picture
 LARGEST_CROP = 1_024  # pixels of a crop's shorter side: more is only memory
@@ -68,7 +71,7 @@ class Items(Sequence):
     counts: how many items there are, and how many lack something; JSON-able.
   """
 
-  source: Any
+  source: Source
   items: tuple[Item, ...]
   counts: dict[str, int]
 
@@ -99,7 +102,7 @@ class Items(Sequence):
     return mirrored_crop(decode_image(self.load(item.document_picture)), item.crop)
 
 
-def build_items(source: Any, *, limit: int | None = None) -> Items:
+def build_items(source: Source, *, limit: int | None = None) -> Items:
   """The items of a source.
 
   Records that share `group` (or, without one, `id`) are one item; pictures and distinct
@@ -173,7 +176,7 @@ def _digest(name: str) -> bytes:
   return hashlib.sha256(salted).digest()
 
 
-def _groups(source: Any) -> tuple[dict[str, list[int]], int]:
+def _groups(source: Source) -> tuple[dict[str, list[int]], int]:
   """Record indices by group in stored order; the number of unreadable records."""
   groups: dict[str, list[int]] = {}
   bad = 0
@@ -192,7 +195,7 @@ def _groups(source: Any) -> tuple[dict[str, list[int]], int]:
 class _Draft:
   """A group's pictures and captions, and which of them are its document."""
 
-  def __init__(self, source: Any, name: str, records: Sequence[int]):
+  def __init__(self, source: Source, name: str, records: Sequence[int]):
     self.name = name
     digest = _digest(name)
     self.numbers = [int.from_bytes(digest[k : k + 4]) for k in range(0, 32, 4)]
@@ -295,7 +298,7 @@ def _picture_content(picture: Any) -> Any:
   return hashlib.sha256(bytes(picture)).digest()
 
 
-def _load_content(source: Any, reference: Reference) -> Any:
+def _load_content(source: Source, reference: Reference) -> Any:
   """`_picture_content` of a reference; itself where it cannot be read."""
   try:
     return _picture_content(source[reference.record]["images"][reference.index])
@@ -303,7 +306,7 @@ def _load_content(source: Any, reference: Reference) -> Any:
     return reference
 
 
-def _document_pictures(source: Any, drafts: list[_Draft]) -> set:
+def _document_pictures(source: Source, drafts: list[_Draft]) -> set:
   """The content of every document picture; empty where no item has a second one.
 
   Then every query view is a crop, and a crop is no document.
@@ -328,7 +331,7 @@ def _query_caption(draft: _Draft, captions: Counter) -> tuple[str | None, bool]:
   return None, False
 
 
-def _item(source: Any, draft: _Draft, captions: Counter, pictures: set) -> Item:
+def _item(source: Source, draft: _Draft, captions: Counter, pictures: set) -> Item:
   view = next(
     (p for p in draft.other_pictures() if _load_content(source, p) not in pictures),
     None,
