@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Token lengths that are compiled, beside the full one. Cutting padding is exact: the
 # text tower is causal and pools at the end token.
 _LENGTHS = (16, 32)
+_LARGEST_ID = 2  # this end token in a config means: pool at the largest id
 _WINDOW = 16  # batches of texts that are sorted by length together
 _IN_FLIGHT = 2  # batches on the devices while the next one is decoded
 
@@ -231,6 +232,13 @@ def _check_fit(model: Model, processor: Processor) -> None:
     raise UserError(
       f"the tokenizer has {entries} entries, the model knows {known}: use the "
       "tokenizer files of this model."
+    )
+  end, wanted = processor.tokenizer.eos_id, model.config.text.eos_id
+  if end != wanted and wanted != _LARGEST_ID:
+    # The text tower would find no end and pool at the start token: all texts alike.
+    raise UserError(
+      f"the tokenizer's end token is {end}, the model's {wanted}: use the tokenizer "
+      "files of this model."
     )
 
 

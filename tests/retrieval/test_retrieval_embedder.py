@@ -27,13 +27,14 @@ class Known:
   """Image: mean colour. Text: length, sum of ids, 1. Both times a parameter."""
 
   fusion: FusionSettings = SETTINGS
+  eos_id: int = 539
 
   @property
   def config(self):
     return SimpleNamespace(
       projection_dim=3,
       vision=SimpleNamespace(image_size=16),
-      text=SimpleNamespace(vocab_size=600, context=40),
+      text=SimpleNamespace(vocab_size=600, context=40, eos_id=self.eos_id),
     )
 
   def bind(self, params):
@@ -146,7 +147,7 @@ def test_texts_are_cut_to_the_longest_of_their_batch(known, tokenizer):
   assert TRACES[-1] == ("text", (8, 16))
   long = " ".join(["circle"] * 60)
   assert len(tokenizer.encode(long)) == 40
-  known.embed(texts=["blue"] * 20 + [long])  # sorted: the long one is in the last
+  known.embed(texts=[long] + ["blue"] * 20)  # sorted: the long one goes last
   widths = sorted(shape for _, shape in TRACES)
   assert widths == [(8, 16), (8, 40), (16, 16)]
 
@@ -240,6 +241,9 @@ def test_a_processor_of_another_model_is_refused(tokenizer):
   assert large.vocab_size > 600
   with pytest.raises(UserError, match="the model knows 600"):
     Embedder(Known(), {}, default_clip_processor(16, large))
+  with pytest.raises(UserError, match="end token is 539, the model's 538"):
+    Embedder(Known(eos_id=538), {}, default_clip_processor(16, tokenizer))
+  Embedder(Known(eos_id=2), {}, default_clip_processor(16, tokenizer))  # OpenAI's files
 
 
 def test_batch_sizes_are_few():
