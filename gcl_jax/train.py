@@ -67,14 +67,21 @@ def train_and_evaluate(
   """
   from gcl_jax.checkpoints import read_results
   from gcl_jax.data import open_source
-  from gcl_jax.evaluation import best_metric, build_items, evaluate_nine
+  from gcl_jax.evaluation import (
+    best_metric,
+    build_items,
+    check_metric,
+    evaluate_nine,
+  )
   from gcl_jax.retrieval import Embedder
   from gcl_jax.training.run import train
 
+  check_metric(config.eval.best)
+  held_out = open_source(config.data, split=config.data.eval_split)
+
   @functools.cache
-  def held_out():
-    source = open_source(config.data, split=config.data.eval_split)
-    return build_items(source, limit=config.eval.max_items or None)
+  def items():
+    return build_items(held_out, limit=config.eval.max_items or None)
 
   embedders: list[Embedder] = []
 
@@ -82,7 +89,7 @@ def train_and_evaluate(
     if not embedders:  # one, so that its functions compile once
       size = config.eval.batch_size
       embedders.append(Embedder(model, params, processor, mesh=mesh, batch_size=size))
-    return evaluate_nine(held_out(), embedders[0].with_params(params).embed)
+    return evaluate_nine(items(), embedders[0].with_params(params).embed)
 
   def score(result):
     return best_metric(result, config.eval.best)

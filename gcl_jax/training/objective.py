@@ -43,6 +43,8 @@ def check_loss(config: ConfigDict) -> None:
     "loss.denominator": (loss.denominator, DENOMINATORS),
     "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
     "fusion.of": (config.fusion.of, ("raw", "unit")),
+    "loss.form": (loss.form, ("auto", "dense")),
+    "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
   }
   for field, (value, allowed) in choices.items():
     if value not in allowed:

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -31,7 +32,7 @@ from gcl_jax.models import Model
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, make_mesh, put_batch
 from gcl_jax.training.loop import run_loop
-from gcl_jax.training.objective import check_loss, make_objective
+from gcl_jax.training.objective import Objective, check_loss, make_objective
 from gcl_jax.training.optimizer import (
   cap_logit_scale,
   frozen_mask,
@@ -40,7 +41,12 @@ from gcl_jax.training.optimizer import (
 )
 from gcl_jax.training.resume import check_resumable
 from gcl_jax.training.start import make_start
-from gcl_jax.training.state import count_parameters, init_state, make_step
+from gcl_jax.training.state import (
+  count_parameters,
+  init_state,
+  make_step,
+  place_parameters,
+)
 
 # model, parameters, processor, mesh -> a result of JSON values
 Evaluate = Callable[[Model, Any, Processor, Mesh], Mapping[str, Any]]
@@ -73,69 +79,93 @@ def train(
   mesh = make_mesh(**config.mesh)
   source = open_source(config.data, split=config.data.train_split)
   total_steps = _length(config, source)
-  _check_batch(config, mesh)
+  _check_batch(config, mesh, source)
   learning_rate_schedule(config.optimizer, total_steps)  # raises on a bad one
-
   stored = read_description(workdir) if is_run(workdir) else None
   if stored:
     check_resumable(stored, config, len(source), str(workdir))
-  if _finished(workdir, total_steps):
+  if read_result(workdir, total_steps) is not None:
     return False
-  model, params, processor = make_start(config, source, stored)
-  params = cap_logit_scale(params, config.temperature)
-  optimizer = make_optimizer(
-    config.optimizer, config.temperature, model.abstract(), total_steps
-  )
-  frozen = frozen_mask(config.optimizer, config.temperature, model.abstract())
-  features = _separation_features(config, len(source))
-  objective = make_objective(model, processor.image, config, mesh)
-  description = RunDescription(
-    config=config,
-    model=model.config,
-    fusion=model.fusion,
-    processor=processor,
-    steps=total_steps,
-    records=len(source),
-  )
-  write_description(workdir, description)
-  _print_run(config, params, total_steps, source, mesh, workdir)
 
+  parts = _assemble(config, source, stored, mesh, total_steps)
+  batches = _pipeline(config, source, parts.processor)
+  _describe(config, parts, total_steps, source, mesh, workdir)
   checkpoints = Checkpoints(
     workdir,
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
     scores=lambda: {step: score(r) for step, r in read_results(workdir).items()},
   )
-  state, position = init_state(params, optimizer, mesh), 0
-  latest = checkpoints.latest()
-  if latest is not None:
-    state, position = checkpoints.restore(latest, state)
-    print(f"going on from step {latest}", file=sys.stderr, flush=True)
+  try:
+    state = init_state(parts.params, parts.optimizer, mesh)
+    latest = checkpoints.latest()
+    if latest is not None:
+      state, batches.position = checkpoints.restore(latest, state)
+      print(f"going on from step {latest}", file=sys.stderr, flush=True)
 
-  def evaluate_and_keep(state: Any, step: int) -> None:
-    result = evaluate(model, state["params"], processor, mesh)
-    write_result(workdir, step, result)
-    print(f"\nstep {step}: {config.eval.best} {score(result):.2f}", file=sys.stderr)
+    def evaluate_and_keep(state: Any, step: int) -> None:
+      result = evaluate(parts.model, state["params"], parts.processor, mesh)
+      write_result(workdir, step, result)
+      line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
+      print(line, file=sys.stderr, flush=True)
 
-  if latest is None and config.eval.before and read_result(workdir, 0) is None:
-    evaluate_and_keep(state, 0)
-  elif latest and _was_due(latest, config, total_steps, workdir):
-    evaluate_and_keep(state, latest)
+    if _evaluation_is_owed(latest or 0, config, total_steps, workdir):
+      evaluate_and_keep(state, latest or 0)
+    run_loop(
+      state,
+      config=config,
+      total_steps=total_steps,
+      step_function=make_step(
+        parts.objective, parts.optimizer, parts.frozen, config.temperature
+      ),
+      batches=batches,
+      place=lambda batch: put_batch(mesh, _rows(batch, parts.features)),
+      constants=_constants(config, parts.params, mesh),
+      checkpoints=checkpoints,
+      evaluate=evaluate_and_keep,
+      workdir=workdir,
+      records=len(source),
+    )
+  finally:
+    batches.close()
+    checkpoints.close()
+  return True
 
-  with_features = features is not None
-  constants = {}
-  if config.loss.intra_modal_separation and (
-    config.loss.separation_features == "initial_text_tower"
-  ):
-    constants["initial_params"] = init_state(params, optimizer, mesh)["params"]
 
-  def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    rows = {name: batch[name] for name in _STEP_KEYS}
-    if with_features:
-      rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
-    return put_batch(mesh, rows)
+class _Parts(NamedTuple):
+  """What is built from a config before the first step."""
 
-  batches = Pipeline(
+  model: Model
+  params: Any
+  processor: Processor
+  optimizer: optax.GradientTransformation
+  frozen: Any
+  objective: Objective
+  features: np.ndarray | None
+
+
+def _assemble(
+  config: ConfigDict,
+  source: Source,
+  stored: RunDescription | None,
+  mesh: Mesh,
+  total_steps: int,
+) -> _Parts:
+  model, params, processor = make_start(config, source, stored)
+  shapes = model.abstract()
+  return _Parts(
+    model=model,
+    params=cap_logit_scale(params, config.temperature),
+    processor=processor,
+    optimizer=make_optimizer(config.optimizer, config.temperature, shapes, total_steps),
+    frozen=frozen_mask(config.optimizer, config.temperature, shapes),
+    objective=make_objective(model, processor.image, config, mesh),
+    features=_separation_features(config, len(source)),
+  )
+
+
+def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipeline:
+  return Pipeline(
     source,
     processor,
     batch_size=config.batch_size,
@@ -147,25 +177,21 @@ def train(
     process_count=jax.process_count(),
     threads=config.data.threads,
     prefetch=config.data.prefetch,
-    position=position,
   )
-  try:
-    run_loop(
-      state,
-      config=config,
-      total_steps=total_steps,
-      step_function=make_step(objective, optimizer, frozen, config.temperature),
-      batches=batches,
-      place=place,
-      constants=constants,
-      checkpoints=checkpoints,
-      evaluate=evaluate_and_keep,
-      workdir=workdir,
-      records=len(source),
-    )
-  finally:
-    checkpoints.close()
-  return True
+
+
+def _rows(batch: Mapping[str, np.ndarray], features: np.ndarray | None) -> dict:
+  rows = {name: batch[name] for name in _STEP_KEYS}
+  if features is not None:
+    rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
+  return rows
+
+
+def _constants(config: ConfigDict, params: Any, mesh: Mesh) -> dict[str, Any]:
+  asked = config.loss.separation_features == "initial_text_tower"
+  if not config.loss.intra_modal_separation or not asked:
+    return {}
+  return {"initial_params": place_parameters(params, mesh)}
 
 
 _STEP_KEYS = ("pixels", "tokens", "has_image", "has_text", "pair_ids")
@@ -178,7 +204,7 @@ def _length(config: ConfigDict, source: Source) -> int:
   return steps
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+def _check_batch(config: ConfigDict, mesh: Mesh, source: Source) -> None:
   parts = batch_devices(mesh)
   if config.batch_size < 1 or config.batch_size % parts:
     near = max(config.batch_size // parts, 1) * parts
@@ -186,16 +212,22 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
       f"config.batch_size is {config.batch_size}, which {parts} devices cannot share "
       f"evenly: {near} or {near + parts} would do."
     )
+  if config.batch_size > len(source):
+    raise UserError(
+      f"config.batch_size is {config.batch_size}, but there are only {len(source)} "
+      f"records to train on: at most {len(source) // parts * parts} would do."
+    )
 
 
-def _finished(workdir: Path, total_steps: int) -> bool:
-  return read_result(workdir, total_steps) is not None
-
-
-def _was_due(step: int, config: ConfigDict, total_steps: int, workdir: Path) -> bool:
-  """Whether a kill came between the saving of this step and its evaluation."""
+def _evaluation_is_owed(
+  step: int, config: ConfigDict, total_steps: int, workdir: Path
+) -> bool:
+  """Whether the start, or a step that a kill cut off from its evaluation, has none."""
   every = config.eval.every
-  due = step == total_steps or bool(every and step % every == 0)
+  if step:
+    due = step == total_steps or bool(every and step % every == 0)
+  else:
+    due = config.eval.before
   return due and read_result(workdir, step) is None
 
 
@@ -215,13 +247,29 @@ def _separation_features(config: ConfigDict, records: int) -> np.ndarray | None:
   return features
 
 
-def _print_run(config, params, total_steps, source, mesh, workdir) -> None:
-  counts = count_parameters(params)
-  total = sum(counts.values())
-  parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count > 1)
+def _describe(
+  config: ConfigDict,
+  parts: _Parts,
+  total_steps: int,
+  source: Source,
+  mesh: Mesh,
+  workdir: Path,
+) -> None:
+  """Writes what the run is into its folder and onto the screen."""
+  description = RunDescription(
+    config=config,
+    model=parts.model.config,
+    fusion=parts.model.fusion,
+    processor=parts.processor,
+    steps=total_steps,
+    records=len(source),
+  )
+  write_description(workdir, description)
+  counts = count_parameters(parts.params)
+  sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count > 1)
   print(
     f"{config}\n{len(source):,} training records, {total_steps} steps of "
-    f"{config.batch_size} pairs\n{total:,} parameters ({parts})\n"
+    f"{config.batch_size} pairs\n{sum(counts.values()):,} parameters ({sizes})\n"
     f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}\n"
     f"run folder: {workdir}",
     file=sys.stderr,

@@ -22,9 +22,19 @@ State = dict[str, Any]
 Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh):
-  """A fresh state on the mesh, parameters placed by the sharding rules."""
-  placed = jax.device_put(params, shardings(mesh, params, REPLICATED_PARAMETERS))
+def place_parameters(params: Any, mesh: Mesh) -> Any:
+  """Parameters on the mesh, by the sharding rules."""
+  return jax.device_put(params, shardings(mesh, params, REPLICATED_PARAMETERS))
+
+
+def init_state(
+  params: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+  """A fresh state on the mesh, parameters placed by the sharding rules.
+
+  The arrays are copies: the step donates them, and the caller keeps its own.
+  """
+  placed = jax.tree.map(jnp.copy, place_parameters(params, mesh))
   everywhere = replicated(mesh)
   # The moments take their parameters' places; counters go everywhere.
   moments = jax.jit(optimizer.init)(placed)
