@@ -1,7 +1,7 @@
 """Draws a scene. All that its captions do not say is left to the generator.
 
-Where a group stands within its quarter, its exact size and tint, how two shapes stand
-together, their tilt, the background's tone, texture and light, and the noise: drawn
+Where a shape stands within its quarter, its exact size, tint and tilt, where the dots
+are in the other half, the background's tone, texture and light, and the noise: drawn
 afresh for each view.
 """
 
@@ -13,19 +13,23 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gcl_jax.data.scenes_grammar import Group, Scene
+from gcl_jax.data.scenes_grammar import Scene, Thing
 
+# Channels keep 24 from either end, tint and noise take less: no byte overflows.
 COLOUR_RGB = {
   "red": (208, 32, 38),
-  "yellow": (236, 212, 40),
-  "green": (36, 152, 52),
-  "cyan": (48, 208, 216),
-  "blue": (34, 62, 205),
-  "pink": (244, 92, 196),
+  "orange": (228, 118, 30),
+  "yellow": (228, 206, 40),
+  "green": (36, 150, 52),
+  "cyan": (48, 206, 214),
+  "blue": (34, 58, 205),
+  "pink": (228, 84, 190),
 }
-_DIAMETER = {"small": 0.14, "large": 0.21}  # of the picture's width; ± 5 %
-_TINT = 16  # largest change of a colour channel
-_NOISE = 9  # largest change of a pixel by noise
+_DIAMETER = {"small": (0.2, 0.3), "large": (0.36, 0.46)}  # of the picture's width
+_DOT = (0.06, 0.1)  # a dot's diameter
+DOT_RGB = (244, 244, 244)
+_TINT = 20  # largest change of a colour channel
+_NOISE_BITS = 4  # of a pixel's channel: −8 ... 7
 _SUPERSAMPLING = 4
 
 
@@ -43,52 +47,50 @@ def _disc(radius: float) -> list[tuple[float, float]]:
   return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
 
-# Outlines about the origin, y downwards, one diameter across.
+# Outlines about the origin, y downwards, one diameter across: 255 paints, 0 cuts out.
 _W = 0.16  # half the width of a cross's arm
 _OUTLINES = {
-  "circle": [_disc(0.5)],
-  "square": [[(-0.43, -0.43), (0.43, -0.43), (0.43, 0.43), (-0.43, 0.43)]],
-  "triangle": [[(0, -0.52), (0.52, 0.42), (-0.52, 0.42)]],
+  "circle": [(_disc(0.5), 255)],
+  "square": [([(-0.43, -0.43), (0.43, -0.43), (0.43, 0.43), (-0.43, 0.43)], 255)],
+  "triangle": [([(0, -0.52), (0.52, 0.42), (-0.52, 0.42)], 255)],
   "cross": [
-    [(-_W, -0.5), (_W, -0.5), (_W, 0.5), (-_W, 0.5)],
-    [(-0.5, -_W), (0.5, -_W), (0.5, _W), (-0.5, _W)],
+    ([(-_W, -0.5), (_W, -0.5), (_W, 0.5), (-_W, 0.5)], 255),
+    ([(-0.5, -_W), (0.5, -_W), (0.5, _W), (-0.5, _W)], 255),
   ],
-  "ring": [_disc(0.5)],
-  "star": [_star(5, 0.23)],
+  "ring": [(_disc(0.5), 255), (_disc(0.27), 0)],
+  "star": [(_star(5, 0.23), 255)],
 }
-_HOLE = _disc(0.27)  # the ring's
+
+
+# (column, row) of the quarter that holds each thing.
+_QUARTERS = {
+  "top": ((0, 0), (1, 0)),
+  "bottom": ((0, 1), (1, 1)),
+  "left": ((0, 0), (0, 1)),
+  "right": ((1, 0), (1, 1)),
+}
 
 
 def draw_scene(scene: Scene, image_size: int, rng: Random) -> Image.Image:
   """`scene` as an RGB picture, `image_size` pixels square; `rng` draws the rest."""
   image = Image.fromarray(_background(image_size, rng))
-  for group, (column, row) in zip(
-    (scene.first, scene.second), _quarters(scene.place), strict=True
-  ):
-    _draw_group(image, group, 0.5 * column, 0.5 * row, rng)
-  pixels = np.asarray(image).astype(np.int16)
-  noise = np.frombuffer(rng.randbytes(pixels.size), np.int8).reshape(pixels.shape)
-  pixels += (noise.astype(np.int16) * _NOISE) >> 7
-  return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def _quarters(place: str) -> tuple[tuple[int, int], tuple[int, int]]:
-  """(column, row) of the quarter of the picture that holds each group."""
-  return {
-    "top": ((0, 0), (1, 0)),
-    "bottom": ((0, 1), (1, 1)),
-    "left": ((0, 0), (0, 1)),
-    "right": ((1, 0), (1, 1)),
-  }[place]
+  half = image_size // 2
+  quarters = _QUARTERS[scene.place]
+  things = zip((scene.first, scene.second), quarters, strict=True)
+  for thing, (column, row) in things:
+    colour, mask = _draw_thing(thing, image_size, rng)
+    image.paste(colour, (column * half, row * half), mask)
+  _draw_dots(image, scene, rng)
+  pixels = np.asarray(image)
+  noise = np.frombuffer(rng.randbytes(pixels.size), np.int8) >> (8 - _NOISE_BITS)
+  return Image.fromarray(pixels + noise.view(np.uint8).reshape(pixels.shape))
 
 
 def _background(size: int, rng: Random) -> np.ndarray:
   """(size, size, 3) uint8: a greyish tone with one of five textures."""
-  tone = rng.uniform(50, 205)
-  base = np.array([tone + rng.uniform(-14, 14) for _ in range(3)], np.float32)
-  strength = rng.uniform(8, 26)
+  tone, strength = rng.uniform(90, 166), rng.uniform(3, 12)
   angle = rng.uniform(0, 2 * math.pi)
-  steps = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+  steps = np.arange(size, dtype=np.float32) / np.float32(size) - np.float32(0.5)
   along = math.cos(angle) * steps + math.sin(angle) * steps[:, None]
   kind = int(rng.random() * 5)
   if kind == 0:  # light from one side
@@ -96,64 +98,53 @@ def _background(size: int, rng: Random) -> np.ndarray:
   elif kind == 1:  # stripes
     field = np.sin(rng.uniform(15, 60) * along + rng.uniform(0, 6))
   elif kind == 2:  # tiles
-    waves = np.sin(rng.uniform(12, 40) * steps + rng.uniform(0, 6))
-    field = np.sign(waves * waves[:, None])
+    waves = np.sign(np.sin(rng.uniform(12, 40) * steps + rng.uniform(0, 6)))
+    field = waves * waves[:, None]
   elif kind == 3:  # patches
     coarse = int(rng.uniform(4, 11))
     values = np.frombuffer(rng.randbytes(coarse * coarse), np.uint8)
     patches = Image.fromarray(values.reshape(coarse, coarse))
-    field = np.asarray(patches.resize((size, size), Image.Resampling.BILINEAR))
-    field = field / np.float32(100) - np.float32(1.3)
+    patches = patches.resize((size, size), Image.Resampling.BILINEAR)
+    field = np.asarray(patches) / np.float32(100) - np.float32(1.3)
   else:
     field = np.zeros((size, size), np.float32)
-  pixels = base + strength * field[..., None]
-  return np.clip(pixels, 0, 255).astype(np.uint8)
+  grey = (tone + strength * field).astype(np.uint8)
+  cast = [round(rng.uniform(0, 20)) for _ in range(3)]
+  return grey[..., None] + np.array(cast, np.uint8)
 
 
-def _draw_group(
-  image: Image.Image, group: Group, left: float, top: float, rng: Random
-) -> None:
-  """Draws one group within the quarter whose corner is (left, top), in widths."""
-  size = image.width
-  diameter = _DIAMETER[group.size] * rng.uniform(0.95, 1.05)
+def _draw_thing(thing: Thing, image_size: int, rng: Random):
+  """The thing's colour, and its mask over a quarter of the picture."""
+  diameter = rng.uniform(*_DIAMETER[thing.size])
   colour = tuple(
-    min(255, max(0, round(channel + rng.uniform(-_TINT, _TINT))))
-    for channel in COLOUR_RGB[group.colour]
+    round(channel + rng.uniform(-_TINT, _TINT)) for channel in COLOUR_RGB[thing.colour]
   )
-  across = down = 0.0  # from the first shape's centre to the last one's
-  if group.count == 2:
-    apart = diameter + rng.uniform(0.02, 0.035)
-    other = rng.uniform(-0.5, 0.5) * diameter
-    across, down = (apart, other) if rng.random() < 0.5 else (other, apart)
-  x = left + _fit(diameter, across, rng)
-  y = top + _fit(diameter, down, rng)
-  for k in range(group.count):
-    centre = ((x + k * across) * size, (y + k * down) * size)
-    _draw_shape(image, group.shape, centre, diameter * size, colour, rng)
-
-
-def _fit(diameter: float, offset: float, rng: Random) -> float:
-  """A centre such that it, and centre + offset, keep a shape inside [0, 0.5]."""
   margin = diameter / 2 + 0.01
-  return rng.uniform(margin + max(0.0, -offset), 0.5 - margin - max(0.0, offset))
-
-
-def _draw_shape(image, shape, centre, diameter, colour, rng: Random) -> None:
-  side = math.ceil(1.2 * diameter) + 2
-  x, y = math.floor(centre[0] - side / 2), math.floor(centre[1] - side / 2)
-  scale = _SUPERSAMPLING
-  tilt = rng.uniform(-0.16, 0.16)
-  cos, sin = math.cos(tilt) * diameter * scale, math.sin(tilt) * diameter * scale
-  # ImageDraw counts pixel centres, hence the half.
-  dx, dy = (centre[0] - x) * scale - 0.5, (centre[1] - y) * scale - 0.5
-
-  def place(outline):
-    return [(cos * u - sin * v + dx, sin * u + cos * v + dy) for u, v in outline]
-
-  mask = Image.new("L", (side * scale, side * scale))
+  x, y = rng.uniform(margin, 0.5 - margin), rng.uniform(margin, 0.5 - margin)
+  fine = image_size * _SUPERSAMPLING  # mask pixels to a picture's width
+  quarter = image_size // 2 * _SUPERSAMPLING
+  mask = Image.new("L", (quarter, quarter))
   canvas = ImageDraw.Draw(mask)
-  for outline in _OUTLINES[shape]:
-    canvas.polygon(place(outline), fill=255)
-  if shape == "ring":
-    canvas.polygon(place(_HOLE), fill=0)
-  image.paste(colour, (x, y), mask.reduce(scale))
+  tilt = rng.uniform(-0.16, 0.16)
+  cos, sin = math.cos(tilt) * diameter * fine, math.sin(tilt) * diameter * fine
+  dx, dy = x * fine - 0.5, y * fine - 0.5  # ImageDraw counts from pixels' centres
+  for outline, ink in _OUTLINES[thing.shape]:
+    canvas.polygon(
+      [(cos * u - sin * v + dx, sin * u + cos * v + dy) for u, v in outline], fill=ink
+    )
+  return colour, mask.reduce(_SUPERSAMPLING)
+
+
+def _draw_dots(image: Image.Image, scene: Scene, rng: Random) -> None:
+  """The dots, each in its own slot of the half without things."""
+  size, radius = image.width, rng.uniform(*_DOT) / 2 * image.width
+  canvas = ImageDraw.Draw(image)
+  slots = [0, 1, 2, 3]
+  rng.shuffle(slots)
+  for slot in slots[: scene.dots]:
+    along = (0.125 + 0.25 * slot + rng.uniform(-0.07, 0.07)) * size
+    across = rng.uniform(0.08, 0.42) * size
+    if scene.place in ("top", "left"):
+      across += size / 2
+    x, y = (along, across) if scene.side_by_side else (across, along)
+    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=DOT_RGB)

@@ -1,10 +1,10 @@
 """The scenes' grammar: which scenes there are, which are held out, how they are told.
 
-A scene is two groups of equal shapes, side by side in the upper or lower half of the
-picture or one above the other in its left or right half. The two groups differ in
-colour, in shape and in size, and each counts one or two shapes. The groups of scenes
-that share their colours, shapes, counts and place (**anagrams**) are told in the same
-words: only who has what, and who stands where, tells them apart.
+A scene is two shapes, side by side in the upper or lower half of the picture or one
+above the other in its left or right half, and one to three white dots in the other
+half. The two shapes differ in colour, in shape and in size. Scenes that share their
+colours, shapes, place and dots (**anagrams**) are told in the same words: only which
+shape has which colour and which size, and which comes first, tells them apart.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "pink")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "pink")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 SIZES = ("small", "large")
-PLACES = ("top", "bottom", "left", "right")  # the half of the picture that is used
-COUNTS = ((1, 1), (1, 2), (2, 1), (2, 2))
+PLACES = ("top", "bottom", "left", "right")  # the half of the picture with the shapes
+DOTS = (1, 2, 3)
 COLOUR_PAIRS = tuple(itertools.combinations(COLOURS, 2))
 SHAPE_PAIRS = tuple(itertools.combinations(SHAPES, 2))
 
@@ -26,28 +26,28 @@ SHAPE_PAIRS = tuple(itertools.combinations(SHAPES, 2))
 # on. The rule is a Latin square, so every pair of colours and every pair of shapes is
 # seen in training, with other partners.
 HELD_OUT_EVERY = 5
-FRAMES = 16  # ways to build a sentence; no two of them give the same text
 
 
-class Group(NamedTuple):
-  """One or two equal shapes that stand together."""
+class Thing(NamedTuple):
+  """A coloured shape."""
 
-  count: int
   size: str
   colour: str
   shape: str
 
 
 class Scene(NamedTuple):
-  """A full specification. `first` is the left group, or the upper one.
+  """A full specification. `first` is the thing on the left, or the upper one.
 
-  `place` is the half of the picture that holds both groups: in "top" and "bottom"
-  they stand side by side, in "left" and "right" one above the other.
+  `place` is the half of the picture that holds both things: in "top" and "bottom"
+  they stand side by side, in "left" and "right" one above the other. The `dots` are
+  anywhere in the other half.
   """
 
-  first: Group
-  second: Group
+  first: Thing
+  second: Thing
   place: str
+  dots: int
 
   @property
   def side_by_side(self) -> bool:
@@ -64,24 +64,22 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def anagrams(held_out: bool) -> Iterator[list[Scene]]:
-  """Every scene of one side of the split, in lists of 8 or 16 that share their words.
+  """Every scene of one side of the split, in lists of 8 that share their words.
 
-  The scenes of a list have the same colours, shapes, counts and place, bound to one
-  another in every possible way.
+  The scenes of a list have the same colours, shapes, sizes, place and dots, bound to
+  one another in every possible way.
   """
   combinations = itertools.product(enumerate(COLOUR_PAIRS), enumerate(SHAPE_PAIRS))
   for (i, colours), (j, shapes) in combinations:
     if ((i + j) % HELD_OUT_EVERY == 0) != held_out:
       continue
-    for place in PLACES:
-      for counts in (COUNTS[:1], COUNTS[1:3], COUNTS[3:]):
-        yield [
-          Scene(Group(m, s, c, h), Group(n, t, d, k), place)
-          for m, n in counts
-          for s, t in itertools.permutations(SIZES)
-          for c, d in itertools.permutations(colours)
-          for h, k in itertools.permutations(shapes)
-        ]
+    for place, dots in itertools.product(PLACES, DOTS):
+      yield [
+        Scene(Thing(s, c, h), Thing(t, d, k), place, dots)
+        for s, t in itertools.permutations(SIZES)
+        for c, d in itertools.permutations(colours)
+        for h, k in itertools.permutations(shapes)
+      ]
 
 
 def _pairs(scene: Scene) -> tuple[int, int]:
@@ -93,15 +91,19 @@ def _pairs(scene: Scene) -> tuple[int, int]:
 
 # --- Wordings. Every list holds synonyms: whichever is drawn, the meaning is the same.
 
-_COUNT = {1: ("a", "one"), 2: ("two", "a pair of")}
 _SIZE = {"small": ("small", "little"), "large": ("large", "big")}
 _SHAPE = {
-  "circle": (("circle", "circles"), ("disc", "discs")),
-  "square": (("square", "squares"), ("box", "boxes")),
-  "triangle": (("triangle", "triangles"),),
-  "cross": (("cross", "crosses"), ("plus", "pluses")),
-  "ring": (("ring", "rings"), ("hoop", "hoops")),
-  "star": (("star", "stars"),),
+  "circle": ("circle", "disc"),
+  "square": ("square", "box"),
+  "triangle": ("triangle",),
+  "cross": ("cross",),
+  "ring": ("ring", "hoop"),
+  "star": ("star",),
+}
+_DOTS = {
+  1: ("one dot", "a single dot"),
+  2: ("two dots", "a pair of dots"),
+  3: ("three dots",),
 }
 _PLACE = {
   "top": ("at the top", "in the upper half"),
@@ -109,7 +111,7 @@ _PLACE = {
   "left": ("on the left", "in the left half"),
   "right": ("on the right", "in the right half"),
 }
-# Keyed by (side by side, the group told about is the first one).
+# Keyed by (side by side, the thing told about is the first one).
 _RELATION = {
   (True, True): ("left of", "to the left of"),
   (True, False): ("right of", "to the right of"),
@@ -130,41 +132,38 @@ _ORDER = {
 }
 # {a} is told first; {relation}, {side_a} and {order} are those of {a}.
 _SENTENCES = (
-  "{place}, {a} {relation} {b}",
-  "{a} {relation} {b}, {place}",
-  "{place} there {is_a} {a} {relation} {b}",
-  "{a} {relation} {b}, both {place}",
-  "{a} with {b} {side_b}, {place}",
-  "{place}, {a} {side_a} and {b} {side_b}",
-  "{order} {place}: {a}, then {b}",
-  "{relation} {b} {is_a} {a}, {place}",
+  "{place}, {a} {relation} {b}, and {dots}",
+  "{a} {relation} {b} {place}, with {dots}",
+  "{dots}, and {place} {a} {relation} {b}",
+  "{dots}; {a} {relation} {b}, {place}",
+  "{a} with {b} {side_b}, {place}, and {dots}",
+  "{place}, {a} {side_a} and {b} {side_b}, and {dots}",
+  "{order} {place}: {a}, then {b}; {dots}",
+  "{relation} {b} {place} is {a}, with {dots}",
 )
-assert len(_SENTENCES) * 2 == FRAMES
+FRAMES = 2 * len(_SENTENCES)  # no two frames give the same text
 
 
 def tell(scene: Scene, frame: int, rng: Random) -> str:
-  """One sentence that says all of `scene`: at most 20 words.
+  """One sentence that says all of `scene`, in 14 to 24 words.
 
-  `frame` (0 ... FRAMES - 1) fixes how the sentence is built and which group it tells
+  `frame` (0 ... FRAMES - 1) fixes how the sentence is built and which thing it tells
   first; `rng` draws the synonyms. Different frames never give the same text.
   """
   sentence, swap = divmod(frame, 2)
-  groups = (scene.first, scene.second)
-  a, b = groups[swap], groups[1 - swap]
+  things = (scene.first, scene.second)
   of_a, of_b = (scene.side_by_side, not swap), (scene.side_by_side, bool(swap))
 
   def draw(synonyms):
     return synonyms[int(rng.random() * len(synonyms))]
 
-  def phrase(group: Group) -> str:
-    name = draw(_SHAPE[group.shape])[group.count - 1]
-    size = draw(_SIZE[group.size])
-    return f"{draw(_COUNT[group.count])} {size} {group.colour} {name}"
+  def phrase(thing: Thing) -> str:
+    return f"a {draw(_SIZE[thing.size])} {thing.colour} {draw(_SHAPE[thing.shape])}"
 
   return _SENTENCES[sentence].format(
-    a=phrase(a),
-    b=phrase(b),
-    is_a="is" if a.count == 1 else "are",
+    a=phrase(things[swap]),
+    b=phrase(things[1 - swap]),
+    dots=draw(_DOTS[scene.dots]),
     place=draw(_PLACE[scene.place]),
     relation=draw(_RELATION[of_a]),
     side_a=draw(_SIDE[of_a]),
