@@ -1,6 +1,6 @@
 """What the losses do to a model, at equal steps: one recipe, several losses and seeds.
 
-    python benchmarks/losses_compared.py --config=configs/demo.py --output=rows.json
+    python -m benchmarks.losses_compared --config=configs/demo.py --output=rows.json
 
 Each run lives in its own folder below --root, so that a comparison that was stopped
 goes on. Prints one table, mean and range over seeds, plain and centred; writes one JSON
@@ -57,14 +57,14 @@ def main() -> None:
     raise UserError("name a recipe, such as --config=configs/demo.py")
   rows = []
   for seed in map(int, _FLAGS.seeds):
-    for name in _FLAGS.losses:
-      rows += _run(name, seed)
+    for place, name in enumerate(_FLAGS.losses):
+      rows += _run(name, seed, with_start=place == 0)
   if _FLAGS.output:
     Path(_FLAGS.output).write_text(json.dumps(rows, indent=1) + "\n")
   print(table(rows))
 
 
-def _run(name: str, seed: int) -> list[dict]:
+def _run(name: str, seed: int, with_start: bool) -> list[dict]:
   from gcl_jax.evaluation import best_metric
   from gcl_jax.train import train_and_evaluate
 
@@ -72,6 +72,7 @@ def _run(name: str, seed: int) -> list[dict]:
     raise UserError(f"--losses: {name!r} is none of {', '.join(LOSSES)}")
   config = copy.deepcopy(_FLAGS.config)
   config.seed = seed
+  config.eval.before = with_start  # the same for every loss
   for field, value in LOSSES[name].items():
     config.update_from_flattened_dict({field: value})
   label = name

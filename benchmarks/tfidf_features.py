@@ -1,6 +1,6 @@
 """TF-IDF rows of captions, as frozen text features for the separation term.
 
-    python benchmarks/tfidf_features.py --config=configs/small.py \
+    python -m benchmarks.tfidf_features --config=configs/small.py \
       --config.data.path=data/flickr8k --output=tfidf.npy
 
 One unit row per training record, all its captions taken together, reduced to --width

@@ -22,7 +22,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _guarded(main: Callable[[], None]) -> None:
-  if flags.FLAGS["verbosity"].using_default_value:
+  if not any(given.lstrip("-").startswith("verbosity") for given in sys.argv):
     # The libraries narrate every file that they write; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
