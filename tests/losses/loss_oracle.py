@@ -22,9 +22,9 @@ def mixed(image, text, alpha, beta):
   return alpha[:, None] * image + beta[:, None] * text
 
 
-def related(ids, j, k):
-  """Whether two pairs are neither positive nor negative: any column agrees."""
-  return bool(np.any(ids[j] == ids[k]))
+def related(ids):
+  """(n, n): pairs that are neither positive nor negative, as any column agrees."""
+  return np.any(ids[:, None] == ids[None], axis=-1)
 
 
 def log_sum(logits):
@@ -62,6 +62,7 @@ def gcl_function(
   ids = (np.arange(n) if ids is None else np.asarray(ids)).reshape(n, -1)
   has_image = np.ones(n, bool) if has_image is None else np.asarray(has_image)
   has_text = np.ones(n, bool) if has_text is None else np.asarray(has_text)
+  alike = related(ids)
   there = [has_image, has_text, has_image & has_text]
   terms = []  # (a, b, j, rows of the stacked banks in the denominator)
   for a, b in itertools.permutations(range(3), 2):
@@ -72,7 +73,7 @@ def gcl_function(
           for m in range(3)
           for k in range(n)
           if there[m][k]
-          and (k == j or not related(ids, j, k))
+          and (k == j or not alike[j, k])
           and in_denominator(denominator, a, b, m, k == j)
         ]
         terms.append((a, b, j, members))
@@ -108,12 +109,13 @@ def separation(image, text, features, scale, ids=None, has_image=None, has_text=
   ids = (np.arange(n) if ids is None else np.asarray(ids)).reshape(n, -1)
   has_image = np.ones(n, bool) if has_image is None else np.asarray(has_image)
   has_text = np.ones(n, bool) if has_text is None else np.asarray(has_text)
+  alike = related(ids)
   losses = []
   for j in np.flatnonzero(has_image & has_text):
     positive = scale * np.dot(image[j], text[j])
     logits = [positive]
     for k in np.flatnonzero(has_image):
-      if related(ids, j, k):
+      if alike[j, k]:
         continue
       distance = 1.0
       if features is not None and has_text[k]:

@@ -9,6 +9,7 @@ import pytest
 from gcl_jax.fusion import Mix
 from gcl_jax.losses import contrastive_loss, gcl_loss
 from gcl_jax.losses.denominators import DENOMINATORS, excess
+from gcl_jax.losses.dense import masked_logsumexp
 
 # Unit vectors at known angles: image·text = 0, image·fused = .6, text·fused = .8.
 X, Y = np.array([[1, 0]], np.float32), np.array([[0, 1]], np.float32)
@@ -220,6 +221,17 @@ def test_excess_is_finite_at_both_ends():
     value, [0, np.exp(-80.0), np.log(2), 90, 300], rtol=1e-6, atol=0
   )
   np.testing.assert_allclose(slope, [0, np.exp(-80.0), 0.5, 1, 1], rtol=1e-5)
+
+
+def test_no_nan_is_made_even_to_be_thrown_away():
+  """An anchor without negatives under `jax_debug_nans`, operation by operation."""
+  mask = jnp.array([[True, False], [False, False]])
+  with jax.disable_jit(), jax.debug_nans(True):
+    value, slope = jax.value_and_grad(
+      lambda x: jnp.sum(jnp.exp(masked_logsumexp(x, mask)))
+    )(jnp.zeros((2, 2)))
+  assert value == 1
+  np.testing.assert_array_equal(slope, [[1, 0], [0, 0]])
 
 
 @pytest.mark.parametrize(
