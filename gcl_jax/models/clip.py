@@ -21,6 +21,7 @@ from jax import Array
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings, Mix, score_fusion
 from gcl_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from gcl_jax.models.initial import initial_params
 
 _policies = jax.checkpoint_policies
 # What the backward pass of a block may keep. "dots" keeps the products with weights and
@@ -40,15 +41,8 @@ def _activate(x: Array, name: str) -> Array:
   return jax.nn.gelu(x, approximate=name != "gelu")
 
 
-def _linear(inputs: int, outputs: int, std: float, dtype, rngs: nnx.Rngs, bias=True):
-  return nnx.Linear(
-    inputs,
-    outputs,
-    use_bias=bias,
-    dtype=dtype,
-    kernel_init=nnx.initializers.normal(std),
-    rngs=rngs,
-  )
+def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, bias=True):
+  return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
 
 
 def _norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -59,8 +53,7 @@ def _norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _embedding(rows: int, width: int, dtype, rngs: nnx.Rngs) -> nnx.Embed:
-  init = nnx.initializers.normal(0.02)
-  return nnx.Embed(rows, width, dtype=dtype, embedding_init=init, rngs=rngs)
+  return nnx.Embed(rows, width, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -68,11 +61,10 @@ class Attention(nnx.Module):
 
   def __init__(self, config, causal: bool, dtype, rngs: nnx.Rngs):
     width = config.width
-    inner = width**-0.5 * (2 * config.layers) ** -0.5
-    self.query = _linear(width, width, inner, dtype, rngs)
-    self.key = _linear(width, width, inner, dtype, rngs)
-    self.value = _linear(width, width, inner, dtype, rngs)
-    self.out = _linear(width, width, width**-0.5, dtype, rngs)
+    self.query = _linear(width, width, dtype, rngs)
+    self.key = _linear(width, width, dtype, rngs)
+    self.value = _linear(width, width, dtype, rngs)
+    self.out = _linear(width, width, dtype, rngs)
     self.heads, self.causal = config.heads, causal
 
   def __call__(self, x: Array) -> Array:
@@ -99,10 +91,8 @@ class MLP(nnx.Module):
   """Two layers with the config's activation between."""
 
   def __init__(self, config, dtype, rngs: nnx.Rngs):
-    width = config.width
-    inner = width**-0.5 * (2 * config.layers) ** -0.5
-    self.fc1 = _linear(width, config.mlp, (2 * width) ** -0.5, dtype, rngs)
-    self.fc2 = _linear(config.mlp, width, inner, dtype, rngs)
+    self.fc1 = _linear(config.width, config.mlp, dtype, rngs)
+    self.fc2 = _linear(config.mlp, config.width, dtype, rngs)
     self.act = config.act
 
   def __call__(self, x: Array) -> Array:
@@ -152,11 +142,8 @@ class VisionTower(nnx.Module):
 
   def __init__(self, config: VisionConfig, dtype, remat: str, rngs: nnx.Rngs):
     width = config.width
-    initial = width**-0.5 * jax.random.normal(rngs.params(), (width,))
-    self.class_embedding = nnx.Param(initial)
-    self.patch_embedding = _linear(
-      3 * config.patch**2, width, 0.02, dtype, rngs, bias=False
-    )
+    self.class_embedding = nnx.Param(jnp.zeros(width))
+    self.patch_embedding = _linear(3 * config.patch**2, width, dtype, rngs, bias=False)
     self.position_embedding = _embedding(config.positions, width, dtype, rngs)
     self.pre_norm = _norm(width, config.eps, dtype, rngs)
     self.blocks = _stack(config, False, dtype, rngs)
@@ -232,7 +219,7 @@ class FusionWeights(nnx.Module):
 
 
 class CLIP(nnx.Module):
-  """Both towers and their projections.
+  """Both towers and their projections; only its shape is made here (`Model.init`).
 
   Embeddings are float32 and not normalised whatever the compute dtype: the last norms
   and the projections are computed in float32.
@@ -250,10 +237,10 @@ class CLIP(nnx.Module):
     self.vision = VisionTower(config.vision, dtype, remat, rngs)
     self.text = TextTower(config.text, dtype, remat, rngs)
     self.image_projection = _linear(
-      config.vision.width, width, config.vision.width**-0.5, jnp.float32, rngs, False
+      config.vision.width, width, jnp.float32, rngs, bias=False
     )
     self.text_projection = _linear(
-      config.text.width, width, config.text.width**-0.5, jnp.float32, rngs, False
+      config.text.width, width, jnp.float32, rngs, bias=False
     )
     self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init))
     if fusion.learned:
@@ -323,8 +310,7 @@ class Model:
     A pure function of a `jax.random.key`: jit it, with `out_shardings` to be born
     sharded. Blocks' arrays have a leading layers axis.
     """
-    module = _make(self.config, self.fusion, self.dtype, self.remat, key)
-    return nnx.to_pure_dict(nnx.state(module))
+    return initial_params(self.config, self.fusion, self._shapes, key)
 
   def abstract(self) -> dict[str, Any]:
     """`jax.ShapeDtypeStruct`s in the place of `init`'s arrays."""
@@ -335,16 +321,13 @@ class Model:
     return nnx.merge(self.graphdef, nnx.State(params))
 
 
-def _make(config, fusion, dtype: str, remat: str, key: Array) -> CLIP:
-  return CLIP(config, fusion, jnp.dtype(dtype), remat, nnx.Rngs(params=key))
-
-
 @functools.cache
 def _abstract(config, fusion, dtype: str, remat: str) -> tuple[Any, Any]:
-  module = nnx.eval_shape(
-    lambda: _make(config, fusion, dtype, remat, jax.random.key(0))
-  )
-  graphdef, state = nnx.split(module)
+  def make() -> CLIP:
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    return CLIP(config, fusion, jnp.dtype(dtype), remat, rngs)
+
+  graphdef, state = nnx.split(nnx.eval_shape(make))
   return graphdef, nnx.to_pure_dict(state)
 
 

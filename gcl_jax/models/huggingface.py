@@ -79,7 +79,11 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
       f"{here}it does not exist, or is private (set HF_TOKEN): check the spelling."
     ) from error
   except Exception as error:
-    # Whatever the network library raises: no route, no name, a proxy, a full disk.
+    # Whatever the network library raises: no route, no name, a broken proxy (which
+    # snapshot_download does not look into the cache for), no room on the disk.
+    with contextlib.suppress(Exception):
+      local = snapshot_download(name, allow_patterns=patterns, local_files_only=True)
+      return Path(local)
     raise UserError(
       f"{here}it could not be downloaded ({type(error).__name__}) and is not in the "
       "cache: download the model on a machine with a network and name its folder, or "

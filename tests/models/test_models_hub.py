@@ -1,0 +1,95 @@
+"""Finding a model's folder: on this machine, or under a hub id."""
+
+from __future__ import annotations
+
+import shutil
+
+import clip_cases as cases
+import pytest
+import torch
+
+from gcl_jax.errors import UserError
+from gcl_jax.models import local_folder, read_pretrained
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  return cases.torch_model(cases.SMALL)
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+  """A CLIPModel's folder."""
+  theirs.save_pretrained(tmp_path / "model")
+  return tmp_path / "model"
+
+
+def test_local_folders_are_taken_as_they_are(folder, tmp_path, monkeypatch):
+  assert local_folder(folder) == folder
+  monkeypatch.chdir(tmp_path)
+  assert local_folder("model").resolve() == folder
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert local_folder("~/model") == folder
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c", "two words"])
+def test_what_can_be_no_hub_id_is_not_looked_up(name):
+  with pytest.raises(UserError, match="there is no folder"):
+    local_folder(name)
+
+
+def test_a_file_is_not_a_folder(folder):
+  with pytest.raises(UserError, match="is a file"):
+    local_folder(folder / "config.json")
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+  """An empty cache of the hub's; the hub itself cannot be reached."""
+  from huggingface_hub import constants
+
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  return tmp_path / "hub"
+
+
+def test_a_hub_id_without_network_says_so(hub_cache):
+  with pytest.raises(UserError, match=r"owner/name.*could not be downloaded.*HF_HOME"):
+    local_folder("owner/name")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_cached_hub_id_works_without_network(folder, theirs, hub_cache, weights):
+  if weights.endswith(".bin"):
+    (folder / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), folder / weights)
+  cached = hub_cache / "models--owner--name"
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  (cached / "refs").mkdir(parents=True)
+  (cached / "refs" / "main").write_text(commit)
+  shutil.copytree(folder, cached / "snapshots" / commit)
+  found = local_folder("owner/name")
+  assert found == cached / "snapshots" / commit
+  read_pretrained(found)
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
+  import huggingface_hub
+
+  asked = []
+
+  def snapshot_download(name, allow_patterns):
+    asked.append((name, allow_patterns))
+    if "pytorch_model.bin" in allow_patterns:
+      (tmp_path / "pytorch_model.bin").touch()
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  assert local_folder("owner/name") == tmp_path
+  assert [("pytorch_model.bin" in patterns) for _, patterns in asked] == [False, True]
+  wanted = {"config.json", "gcl_jax.json", "preprocessor_config.json", "tokenizer.json"}
+  assert wanted <= set(asked[0][1])
+  asked.clear()
+  (tmp_path / "model.safetensors").touch()
+  assert local_folder("owner/name") == tmp_path
+  assert len(asked) == 1
