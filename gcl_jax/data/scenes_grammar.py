@@ -54,13 +54,14 @@ class Scene(NamedTuple):
     return self.place in ("top", "bottom")
 
 
-def is_held_out(scene: Scene) -> bool:
-  """Whether the scene's {colours} × {shapes} combination belongs to evaluation.
+def is_held_out(colours: tuple[str, str], shapes: tuple[str, str]) -> bool:
+  """Whether scenes of these two colours and two shapes, in any order, are evaluated on.
 
   The rule knows neither seed nor size: no training split ever holds such a scene.
   """
-  colours, shapes = _pairs(scene)
-  return (colours + shapes) % HELD_OUT_EVERY == 0
+  number = COLOUR_PAIRS.index(tuple(sorted(colours, key=COLOURS.index)))
+  number += SHAPE_PAIRS.index(tuple(sorted(shapes, key=SHAPES.index)))
+  return number % HELD_OUT_EVERY == 0
 
 
 def anagrams(held_out: bool) -> Iterator[list[Scene]]:
@@ -69,9 +70,8 @@ def anagrams(held_out: bool) -> Iterator[list[Scene]]:
   The scenes of a list have the same colours, shapes, sizes, place and dots, bound to
   one another in every possible way.
   """
-  combinations = itertools.product(enumerate(COLOUR_PAIRS), enumerate(SHAPE_PAIRS))
-  for (i, colours), (j, shapes) in combinations:
-    if ((i + j) % HELD_OUT_EVERY == 0) != held_out:
+  for colours, shapes in itertools.product(COLOUR_PAIRS, SHAPE_PAIRS):
+    if is_held_out(colours, shapes) != held_out:
       continue
     for place, dots in itertools.product(PLACES, DOTS):
       yield [
@@ -80,13 +80,6 @@ def anagrams(held_out: bool) -> Iterator[list[Scene]]:
         for c, d in itertools.permutations(colours)
         for h, k in itertools.permutations(shapes)
       ]
-
-
-def _pairs(scene: Scene) -> tuple[int, int]:
-  first, second = scene.first, scene.second
-  colours = tuple(sorted((first.colour, second.colour), key=COLOURS.index))
-  shapes = tuple(sorted((first.shape, second.shape), key=SHAPES.index))
-  return COLOUR_PAIRS.index(colours), SHAPE_PAIRS.index(shapes)
 
 
 # --- Wordings. Every list holds synonyms: whichever is drawn, the meaning is the same.
@@ -130,8 +123,12 @@ _ORDER = {
   (False, True): ("from top to bottom", "downwards"),
   (False, False): ("from bottom to top", "upwards"),
 }
-# {a} is told first; {relation}, {side_a} and {order} are those of {a}.
-_SENTENCES = (
+# {relation}, {side_a} and {order} are those of {a}. Without the mark, {a} is the first
+# thing. Three frames in twelve tell the second thing first: were it half of them, the
+# order of the words would say nothing by itself, and a few minutes' training could not
+# begin to learn who stands where.
+_SWAPPED = "~"
+_FRAMES = (
   "{place}, {a} {relation} {b}, and {dots}",
   "{a} {relation} {b} {place}, with {dots}",
   "{dots}, and {place} {a} {relation} {b}",
@@ -139,20 +136,25 @@ _SENTENCES = (
   "{a} with {b} {side_b}, {place}, and {dots}",
   "{place}, {a} {side_a} and {b} {side_b}, and {dots}",
   "{order} {place}: {a}, then {b}; {dots}",
-  "{relation} {b} {place} is {a}, with {dots}",
+  "{dots}, and {order} {place}, {a} and {b}",
+  "~{relation} {b} {place} is {a}, with {dots}",
+  "~{place}, {a} {relation} {b}, and {dots}",
+  "~{dots}; {a} with {b} {side_b}, {place}",
+  "~{order} {place}: {a}, then {b}; {dots}",
 )
-FRAMES = 2 * len(_SENTENCES)  # no two frames give the same text
+FRAMES = len(_FRAMES)  # no two frames give the same text
 
 
 def tell(scene: Scene, frame: int, rng: Random) -> str:
   """One sentence that says all of `scene`, in 14 to 24 words.
 
-  `frame` (0 ... FRAMES - 1) fixes how the sentence is built and which thing it tells
-  first; `rng` draws the synonyms. Different frames never give the same text.
+  `frame` (0 ... FRAMES - 1) fixes how the sentence is built; `rng` draws the synonyms.
+  Different frames never give the same text.
   """
-  sentence, swap = divmod(frame, 2)
+  sentence = _FRAMES[frame].removeprefix(_SWAPPED)
+  swap = sentence != _FRAMES[frame]
   things = (scene.first, scene.second)
-  of_a, of_b = (scene.side_by_side, not swap), (scene.side_by_side, bool(swap))
+  of_a, of_b = (scene.side_by_side, not swap), (scene.side_by_side, swap)
 
   def draw(synonyms):
     return synonyms[int(rng.random() * len(synonyms))]
@@ -160,7 +162,7 @@ def tell(scene: Scene, frame: int, rng: Random) -> str:
   def phrase(thing: Thing) -> str:
     return f"a {draw(_SIZE[thing.size])} {thing.colour} {draw(_SHAPE[thing.shape])}"
 
-  return _SENTENCES[sentence].format(
+  return sentence.format(
     a=phrase(things[swap]),
     b=phrase(things[1 - swap]),
     dots=draw(_DOTS[scene.dots]),

@@ -183,6 +183,7 @@ def test_held_out_combinations(train, held_out):
   trained = combinations(train) | combinations(Scenes("train", seed=7, size=20_000))
   evaluated = combinations(held_out) | combinations(Scenes("eval", size=6048))
   assert not trained & evaluated
+  assert all(grammar.is_held_out(*map(tuple, pairs)) for pairs in evaluated)
   for part in (0, 1):  # but each pair of colours and each of shapes was seen
     assert {c[part] for c in evaluated} <= {c[part] for c in trained}
   pairs = itertools.product(
