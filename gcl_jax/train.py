@@ -72,6 +72,7 @@ def train_and_evaluate(
     build_items,
     check_metric,
     evaluate_nine,
+    scalars,
   )
   from gcl_jax.retrieval import Embedder
   from gcl_jax.training.run import train
@@ -94,7 +95,7 @@ def train_and_evaluate(
   def score(result):
     return best_metric(result, config.eval.best)
 
-  trained = train(config, workdir, evaluate, score)
+  trained = train(config, workdir, evaluate=evaluate, score=score, summarize=scalars)
   results = read_results(workdir)
   rows = {"before": results[0]} if 0 in results else {}
   return trained, {**rows, "after": results[max(results)]}

@@ -44,6 +44,7 @@ def run_loop(
   constants: Any,
   checkpoints: Saver,
   evaluate: Callable[[State, int], None],
+  writer: MetricWriter,
   workdir: Path,
   records: int,
 ) -> State:
@@ -62,7 +63,8 @@ def run_loop(
     constants: third argument of the step.
     checkpoints: where states are saved.
     evaluate: called with (state, step) after a step was saved.
-    workdir: the run's folder.
+    writer: where the numbers of a step go.
+    workdir: the run's folder, for profiler traces.
     records: size of the training source.
 
   Raises:
@@ -70,43 +72,34 @@ def run_loop(
       be read. The last checkpoint is whole and from before.
   """
   start = int(state["step"])
-  writer = MetricWriter(workdir, config, start)
   progress = ProgressLine(total_steps, config.batch_size, start)
   guard = _Guard(config, batches, records)
   iterator, waited = iter(batches), 0.0
-  try:
-    for step in range(start + 1, total_steps + 1):
-      _profile(config, step - start, workdir)
-      asked = time.monotonic()
-      batch = next(iterator)
-      waited += time.monotonic() - asked
-      state, metrics = step_function(state, place(batch), constants)
-      last = step == total_steps
-      if last or step % config.log.every == 0:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        guard.check(state)
-        values |= progress.rates(step, waited)
-        values["bad_records"] = float(guard.bad)
-        writer.write(step, values)
-        progress.show(step, values)
-        waited = 0.0
-      evaluated = last or _due(step, config.eval.every)
-      if evaluated or _due(step, config.checkpoint.every):
-        guard.check(state)
-        checkpoints.save(step, state, batches.position)
-      if evaluated:
-        evaluate(state, step)
-        progress.reset()
-      if (
-        step * config.batch_size // records > (step - 1) * config.batch_size // records
-      ):
-        guard.report_epoch(step * config.batch_size // records)
-    checkpoints.wait()
-  finally:
-    writer.close()
-    close = getattr(iterator, "close", None)
-    if close:
-      close()
+  for step in range(start + 1, total_steps + 1):
+    _profile(config, step - start, workdir)
+    asked = time.monotonic()
+    batch = next(iterator)
+    waited += time.monotonic() - asked
+    state, metrics = step_function(state, place(batch), constants)
+    last = step == total_steps
+    if last or step % config.log.every == 0:
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      guard.check(state)
+      values |= progress.rates(step, waited)
+      values["bad_records"] = float(guard.bad)
+      writer.write(step, values)
+      progress.show(step, values)
+      waited = 0.0
+    evaluated = last or _due(step, config.eval.every)
+    if evaluated or _due(step, config.checkpoint.every):
+      guard.check(state)
+      checkpoints.save(step, state, batches.position)
+    if evaluated:
+      evaluate(state, step)
+      progress.reset()
+    if step * config.batch_size // records > (step - 1) * config.batch_size // records:
+      guard.report_epoch(step * config.batch_size // records)
+  checkpoints.wait()
   return state
 
 

@@ -47,15 +47,22 @@ from gcl_jax.training.state import (
   make_step,
   place_parameters,
 )
+from gcl_jax.training.writers import MetricWriter
 
 # model, parameters, processor, mesh -> a result of JSON values
 Evaluate = Callable[[Model, Any, Processor, Mesh], Mapping[str, Any]]
-# a result -> the number that keep-best watches
+# a result -> the number that keep-best watches, and what the boards show
 Score = Callable[[Mapping[str, Any]], float]
+Summarize = Callable[[Mapping[str, Any]], Mapping[str, float]]
 
 
 def train(
-  config: ConfigDict, workdir: str | os.PathLike, evaluate: Evaluate, score: Score
+  config: ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  evaluate: Evaluate,
+  score: Score,
+  summarize: Summarize,
 ) -> bool:
   """Runs a config in a folder, from wherever that folder's run was left.
 
@@ -65,6 +72,7 @@ def train(
     evaluate: called at the start and at evaluated steps; what it returns is kept in
       the folder.
     score: picks from a result the number of which the best checkpoint is kept.
+    summarize: picks from a result the numbers that are logged.
 
   Returns:
     True when it trained, False when the run there was already finished.
@@ -96,9 +104,10 @@ def train(
     keep_best=config.checkpoint.keep_best,
     scores=lambda: {step: score(r) for step, r in read_results(workdir).items()},
   )
+  latest = checkpoints.latest()
+  writer = MetricWriter(workdir, config, latest or 0)
   try:
     state = init_state(parts.params, parts.optimizer, mesh)
-    latest = checkpoints.latest()
     if latest is not None:
       state, batches.position = checkpoints.restore(latest, state)
       print(f"going on from step {latest}", file=sys.stderr, flush=True)
@@ -106,6 +115,8 @@ def train(
     def evaluate_and_keep(state: Any, step: int) -> None:
       result = evaluate(parts.model, state["params"], parts.processor, mesh)
       write_result(workdir, step, result)
+      numbers = summarize(result).items()
+      writer.write(step, {f"eval/{name}": value for name, value in numbers})
       line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
       print(line, file=sys.stderr, flush=True)
 
@@ -123,11 +134,13 @@ def train(
       constants=_constants(config, parts.params, mesh),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
+      writer=writer,
       workdir=workdir,
       records=len(source),
     )
   finally:
     batches.close()
+    writer.close()
     checkpoints.close()
   return True
 
