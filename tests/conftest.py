@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, a compilation cache, and where the real data is."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,3 +48,29 @@ def pytest_collection_modifyitems(config, items):
 def real_data() -> Path:
   """The real data; a test that asks for it is left out where the data is not."""
   return data_root()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+  """The folder of a run of a few steps on procedural scenes."""
+  workdir = tmp_path_factory.mktemp("tiny") / "run"
+  arguments = [
+    "--config=configs/demo.py",
+    "--config.batch_size=32",
+    "--config.steps=2",
+    "--config.optimizer.warmup_steps=1",
+    "--config.data.scenes_train_size=64",
+    "--config.eval.max_items=24",
+    "--config.eval.before=false",
+    f"--workdir={workdir}",
+  ]
+  done = subprocess.run(
+    [sys.executable, "-m", "gcl_jax.train", *arguments],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return workdir
