@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.checkpoints import RunDescription
 from gcl_jax.errors import UserError
-from gcl_jax.training.config import MAY_CHANGE
+from gcl_jax.training.config import MAY_CHANGE, default_config
 
 
 def check_resumable(
@@ -20,8 +20,8 @@ def check_resumable(
   Raises:
     UserError: names every field that differs and may not, or the size of the data.
   """
-  then = _flat(json.loads(stored.config.to_json_best_effort()))
-  now = _flat(json.loads(config.to_json_best_effort()))
+  then = flat_fields(json.loads(stored.config.to_json_best_effort()))
+  now = flat_fields(json.loads(config.to_json_best_effort()))
   differing = [
     name
     for name in sorted(then.keys() | now.keys())
@@ -47,10 +47,18 @@ def _may_change(name: str) -> bool:
   return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def changed_fields(config: ConfigDict) -> dict[str, Any]:
+  """What a config says other than `default_config`: field -> value, JSON's types."""
+  defaults = flat_fields(json.loads(default_config().to_json_best_effort()))
+  now = flat_fields(json.loads(config.to_json_best_effort()))
+  return {k: v for k, v in now.items() if k not in defaults or defaults[k] != v}
+
+
+def flat_fields(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """A nested dict as `a.b.c` -> value."""
   if not isinstance(tree, dict):
     return {prefix: tree}
   flat: dict[str, Any] = {}
   for name, value in tree.items():
-    flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    flat |= flat_fields(value, f"{prefix}.{name}" if prefix else name)
   return flat

@@ -39,7 +39,7 @@ from gcl_jax.training.optimizer import (
   learning_rate_schedule,
   make_optimizer,
 )
-from gcl_jax.training.resume import check_resumable
+from gcl_jax.training.resume import changed_fields, check_resumable
 from gcl_jax.training.start import make_start
 from gcl_jax.training.state import (
   count_parameters,
@@ -280,8 +280,12 @@ def _describe(
   write_description(workdir, description)
   counts = count_parameters(parts.params)
   sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count > 1)
+  fields = "\n".join(
+    f"  config.{name} = {value!r}" for name, value in changed_fields(config).items()
+  )
   print(
-    f"{config}\n{len(source):,} training records, {total_steps} steps of "
+    f"config, where it differs from the defaults (all of it: {workdir}/run.json):\n"
+    f"{fields}\n{len(source):,} training records, {total_steps} steps of "
     f"{config.batch_size} pairs\n{sum(counts.values()):,} parameters ({sizes})\n"
     f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}\n"
     f"run folder: {workdir}",

@@ -6,7 +6,7 @@ import pytest
 
 from gcl_jax.errors import UserError
 from gcl_jax.training.config import default_config
-from gcl_jax.training.resume import check_resumable
+from gcl_jax.training.resume import changed_fields, check_resumable
 
 
 def stored(config, records=100):
@@ -33,3 +33,13 @@ def test_every_other_field_is_named_with_both_values():
 def test_data_of_another_size_is_refused():
   with pytest.raises(UserError, match="100 records and the data now holds 99"):
     check_resumable(stored(default_config()), default_config(), 99, "w")
+
+
+def test_what_a_recipe_changed_is_said():
+  config = default_config()
+  config.loss.denominator = "literal"
+  config.model.hf.projection_dim = 8
+  assert changed_fields(config) == {
+    "loss.denominator": "literal",
+    "model.hf.projection_dim": 8,
+  }
