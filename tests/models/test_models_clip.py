@@ -153,6 +153,17 @@ def test_pixels_that_no_patch_covers_are_left_out_as_in_pytorch():
   np.testing.assert_allclose(ours, image, atol=2e-5)
 
 
+def test_a_large_mean_costs_the_norms_no_digits():
+  theirs, config = cases.torch_model(cases.SMALL), CLIPConfig.from_hf(cases.SMALL)
+  with torch.no_grad():  # as a trained ViT's few large channels
+    theirs.vision_model.embeddings.position_embedding.weight.add_(300)
+  pixels, tokens = cases.images(config), cases.texts(config, (3,))
+  image, _ = cases.torch_embeddings(theirs, pixels, tokens)
+  model, params = build(config), cases.our_params(theirs, config)
+  ours = jax.jit(lambda p, x: model.bind(p).embed_image(x))(params, pixels)
+  assert cases.unit_gap(ours, image) < 3e-4
+
+
 def test_padding_changes_nothing(small):
   config, model, params = small
   embed = jax.jit(lambda tokens: model.bind(params).embed_text(tokens))
@@ -246,6 +257,9 @@ def test_half_precision_stays_near_and_gives_float32(small, batch, torch_gradien
     assert rows.dtype == jnp.float32
     assert 1e-5 < cases.unit_gap(rows, expected) < 0.03
   half = build(config, dtype="bfloat16")
+  bound = half.bind(params)  # the last norms are in float32, too
+  assert jax.eval_shape(bound.vision, batch[0]).dtype == jnp.float32
+  assert jax.eval_shape(bound.text, batch[1]).dtype == jnp.float32
 
   def score(text):
     embedded = half.bind({**params, "text": text}).embed_text(batch[1])
