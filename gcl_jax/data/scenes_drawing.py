@@ -25,8 +25,8 @@ COLOUR_RGB = {
   "blue": (34, 58, 205),
   "pink": (228, 84, 190),
 }
-_DIAMETER = {"small": (0.2, 0.3), "large": (0.36, 0.46)}  # of the picture's width
-_DOT = (0.06, 0.1)  # a dot's diameter
+_DIAMETER = {"small": (0.17, 0.27), "large": (0.35, 0.47)}  # of the picture's width
+_DOT = (0.05, 0.11)  # a dot's diameter
 DOT_RGB = (244, 244, 244)
 _TINT = 20  # largest change of a colour channel
 _NOISE_BITS = 4  # of a pixel's channel: −8 ... 7
@@ -142,7 +142,7 @@ def _draw_dots(image: Image.Image, scene: Scene, rng: Random) -> None:
   slots = [0, 1, 2, 3]
   rng.shuffle(slots)
   for slot in slots[: scene.dots]:
-    along = (0.125 + 0.25 * slot + rng.uniform(-0.07, 0.07)) * size
+    along = (0.125 + 0.25 * slot + rng.uniform(-0.06, 0.06)) * size
     across = rng.uniform(0.08, 0.42) * size
     if scene.place in ("top", "left"):
       across += size / 2
