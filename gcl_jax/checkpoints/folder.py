@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
@@ -45,7 +46,9 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all."""
+  """Writes a JSON file whole or not at all; of several processes the first writes."""
+  if jax.process_index():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
   part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -60,7 +63,8 @@ def write_description(folder: str | os.PathLike, run: RunDescription) -> None:
   """
   folder = Path(folder)
   check_free(folder)
-  run.processor.save(folder / "processor")
+  if jax.process_index() == 0:
+    run.processor.save(folder / "processor")
   description = {
     _MARKER: _LAYOUT,
     "config": json.loads(run.config.to_json_best_effort()),

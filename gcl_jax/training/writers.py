@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
@@ -19,7 +20,7 @@ class MetricWriter:
   """Writes scalars of a step to every place that the config asks for.
 
   The file of JSON lines is cut back to the step from which a run goes on, so that a
-  step never stands in it twice.
+  step never stands in it twice. Of several processes the first writes.
   """
 
   def __init__(self, workdir: str | os.PathLike, config: ConfigDict, start_step: int):
@@ -31,12 +32,14 @@ class MetricWriter:
     Raises:
       UserError: Weights & Biases is asked for and not installed.
     """
+    self._lines = self._board = self._wandb = None
+    if jax.process_index():
+      return
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     _keep_lines_up_to(path, start_step)
     self._lines = path.open("a", buffering=1)
-    self._board = self._wandb = None
     if config.log.tensorboard:
       from tensorboardX import SummaryWriter
 
@@ -47,7 +50,8 @@ class MetricWriter:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line of scalars; names with slashes group on the boards."""
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
+    if self._lines:
+      self._lines.write(json.dumps({"step": step, **values}) + "\n")
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
@@ -56,7 +60,8 @@ class MetricWriter:
 
   def close(self) -> None:
     """Flushes and closes every place."""
-    self._lines.close()
+    if self._lines:
+      self._lines.close()
     if self._board:
       self._board.close()
     if self._wandb:

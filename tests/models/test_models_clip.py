@@ -251,7 +251,7 @@ def test_remat_keeps_less_and_gives_the_same_gradients(small, batch, torch_gradi
 
 def test_half_precision_stays_near_and_gives_float32(small, batch, torch_gradient):
   config, _, params = small
-  exact = _embed(config, params, *batch)
+  exact = cases.torch_embeddings(cases.torch_model(cases.SMALL), *batch)
   ours = _embed(config, params, *batch, dtype="bfloat16")
   for rows, expected in zip(ours, exact, strict=True):
     assert rows.dtype == jnp.float32
@@ -296,17 +296,23 @@ def test_a_sharded_batch_needs_no_collective_and_gives_the_same(small, batch):
 
 def test_parameters_may_be_split_over_the_mesh(small, batch, torch_gradient):
   _, model, params = small
+  images, _ = cases.torch_embeddings(cases.torch_model(cases.SMALL), *batch)
   mesh = make_mesh(data=4, fsdp=2)
   specs = jax.tree.map(
-    lambda leaf: NamedSharding(mesh, P(None, "fsdp") if leaf.ndim == 3 else P()), params
+    lambda leaf: NamedSharding(mesh, P(None, "fsdp") if leaf.ndim == 3 else P()),
+    params["text"],
   )
-  put = jax.device_put(batch, batch_sharding(mesh))
-  gradient = jax.jit(
-    jax.grad(lambda params, *batch: _score(model, params, *batch)), out_shardings=specs
-  )(jax.device_put(params, specs), *put)
-  kernel = gradient["vision"]["blocks"]["mlp"]["fc1"]["kernel"]
-  assert kernel.addressable_shards[0].data.shape == (2, 24, 96)
-  _assert_near(gradient, torch_gradient)
+
+  def score(text, images, tokens):
+    return jnp.sum(images * model.bind({**params, "text": text}).embed_text(tokens))
+
+  put = jax.device_put((images, batch[1]), batch_sharding(mesh))
+  gradient = jax.jit(jax.grad(score), out_shardings=specs)(
+    jax.device_put(params["text"], specs), *put
+  )
+  kernel = gradient["blocks"]["mlp"]["fc1"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (3, 16, 80)
+  _assert_near(gradient, torch_gradient["text"])
 
 
 def test_pairs_are_fused_as_the_settings_say(small):
