@@ -48,6 +48,7 @@ def test_keys_and_shapes_are_clip_models(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_at_full_width_is_bit_identical(name):
   fields = cases.changed(named_config(name).to_hf(), num_hidden_layers=2)
+  fields["text_config"]["vocab_size"] = 3000  # the table is most of the model
   _round_trip(CLIPConfig.from_hf(fields))
 
 
