@@ -62,9 +62,10 @@ def make_start(
       )
     model = _build(config, shape, fusion)
     if fusion.learned:
-      fresh = jax.tree.map(
-        np.asarray, model.init(jax.random.key(config.seed))["fusion"]
-      )
+      fresh = {
+        "image_weight": np.float32(fusion.image_weight),
+        "text_weight": np.float32(fusion.text_weight),
+      }
       params = {**params, "fusion": fresh}
     else:
       params = {name: tree for name, tree in params.items() if name != "fusion"}
