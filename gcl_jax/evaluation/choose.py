@@ -82,11 +82,9 @@ def choose_step(folder: str | os.PathLike, step: str | int, metric: str) -> int:
 
   Raises UserError where there is no such checkpoint, or none was evaluated.
   """
-  from gcl_jax.checkpoints import Checkpoints, read_results
+  from gcl_jax.checkpoints import read_results, saved_steps
 
-  checkpoints = Checkpoints(folder)
-  steps = checkpoints.steps()
-  checkpoints.close()
+  steps = saved_steps(folder)
   if not steps:
     raise UserError(f"{folder} holds no whole checkpoint: train it first")
   if step == "latest":

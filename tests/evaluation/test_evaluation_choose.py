@@ -67,26 +67,16 @@ def test_scalars_are_flat_numbers(result):
   assert len(flat) == 2 * (16 + 4 + 3)
 
 
+WRITTEN = "40.orbax-checkpoint-tmp-7"  # a live run is writing it
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch, result):
+def run(tmp_path, result):
   """A run's folder as far as choosing a step looks at it: steps 10, 20, 30."""
 
-  class Checkpoints:
-    def __init__(self, folder):
-      self.found = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
-
-    def steps(self):
-      return self.found
-
-    def close(self):
-      pass
-
-  import gcl_jax.checkpoints
-
-  monkeypatch.setattr(gcl_jax.checkpoints, "Checkpoints", Checkpoints)
   (tmp_path / "checkpoints").mkdir()
-  for step in (10, 20, 30):
-    (tmp_path / "checkpoints" / str(step)).mkdir()
+  for name in (10, 20, 30, WRITTEN):
+    (tmp_path / "checkpoints" / str(name)).mkdir()
   (tmp_path / "results").mkdir()
   for step, score in ((0, 9.0), (10, 7.0), (20, 8.0), (30, 7.5)):
     stored = json.loads(json.dumps(result))
@@ -104,6 +94,13 @@ def test_steps_by_name(run):
   for step in ("15", "first", "-1"):
     with pytest.raises(UserError, match="choose latest, best or one of 10, 20, 30"):
       choose_step(run, step, metric)
+
+
+def test_choosing_writes_and_deletes_nothing(run):
+  there = sorted(run.rglob("*"))
+  assert run / "checkpoints" / WRITTEN in there
+  choose_step(run, "best", "plain.global.other.R@10")
+  assert sorted(run.rglob("*")) == there
 
 
 def test_best_without_results_says_so(run):
