@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -26,7 +26,9 @@ def rows_of(name: str, result: Mapping) -> dict[str, Mapping]:
   return {names[view]: result[view] for view in VIEWS if view in result}
 
 
-def render(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
+def render(
+  rows: Mapping[str, Mapping], *, center: bool = True, notes: Sequence[str] = ()
+) -> str:
   """The tables as plain text, at most 100 columns wide, the same in a pipe.
 
   A summary of all rows, and the last given row by direction.
@@ -35,6 +37,7 @@ def render(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
     rows: name -> result of `evaluate_nine`, or one of its views (result["centered"]).
       A result stands for its plain view.
     center: add a row for the last result after centring, where it was computed.
+    notes: lines for under the tables, as which loss the rows were trained with.
 
   Where standard output cannot show →, —, † and ‖Δ‖, ASCII stands for them. Raises
   ValueError without rows.
@@ -44,14 +47,16 @@ def render(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
   console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
   console.print(_summary(shown))
   console.print(_directions(name, shown[name]))
-  for line in _notes(shown, name):
+  for line in [*_notes(shown, name), *notes]:
     console.print(line, markup=False, highlight=False)
   text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
   encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
   return text if encoding.lower().startswith("utf") else text.translate(ASCII)
 
 
-def to_markdown(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
+def to_markdown(
+  rows: Mapping[str, Mapping], *, center: bool = True, notes: Sequence[str] = ()
+) -> str:
   """The same tables in Markdown. Arguments as in `render`."""
   shown = _views(rows, center)
   name = list(rows)[-1]
@@ -65,7 +70,7 @@ def to_markdown(rows: Mapping[str, Mapping], *, center: bool = True) -> str:
     share = _number(shown[name]["own_share"][modality])
     body.append([modality, *_direction_cells(shown[name], q), share])
   lines += _markdown(head, body)
-  for line in _notes(shown, name):
+  for line in [*_notes(shown, name), *notes]:
     lines += ["", line]
   return "\n".join(lines) + "\n"
 

@@ -112,6 +112,17 @@ def test_markdown_has_the_same_numbers(before, after):
   assert any(line.startswith("| image | 100.0† | 100.0 | 100.0†") for line in lines)
 
 
+def test_notes_come_last(before):
+  notes = ["Loss: GCL [self_masked].", "words " * 30]
+  lines = render({"before": before}, notes=notes).splitlines()
+  at = lines.index(notes[0])  # brackets are no markup
+  assert any(line.startswith("Own share:") for line in lines[:at])
+  assert " ".join(lines[at + 1 :]).split() == ["words"] * 30
+  assert max(map(len, lines)) <= 100
+  text = to_markdown({"before": before}, notes=notes)
+  assert text.endswith(f"\n\n{notes[0]}\n\n{notes[1]}\n")
+
+
 def test_no_rows_is_an_error():
   with pytest.raises(ValueError, match="no rows"):
     render({})
