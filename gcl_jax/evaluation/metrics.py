@@ -14,7 +14,7 @@ from gcl_jax.errors import UserError
 
 KS = (1, 5, 10, 50)  # R@k
 TIE = 1e-6  # scores closer than this are equal
-TOP = 10  # candidates that the own share looks at
+TOP = 10  # candidates that the shares of modalities look at
 MIN_NORM = 0.1  # a bank mean shorter than this has no direction worth a cosine
 BLOCK_ENTRIES = 1 << 23  # scores held at once: 32 MB of float32
 RESAMPLES = 1_000
@@ -92,36 +92,36 @@ def median_rank(ranks: np.ndarray) -> float | None:
   return float(np.median(ranks)) if len(ranks) else None
 
 
-def share_of_top(scores: np.ndarray, is_own: np.ndarray, k: int = TOP) -> np.ndarray:
-  """The share of each query's k best candidates that are `is_own`.
+def shares_of_top(scores: np.ndarray, groups: np.ndarray, k: int = TOP) -> np.ndarray:
+  """The share of each query's k best candidates that each group holds.
 
   Candidates that tie with the k-th (within 1e-6) share the places left over, so that
   the order of the candidates does not matter.
 
   Args:
     scores: (B, N) float32, finite.
-    is_own: bool (N,).
+    groups: bool (N, G), which candidates are of which group.
 
-  Returns: float64 (B,), 0 to 1.
+  Returns: float64 (B, G), 0 to 1.
   """
   k = min(k, scores.shape[1])
-  scores, is_own = _contenders(scores, is_own, k)
+  scores, groups = _contenders(scores, groups, k)
   kth = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k, None]
   above = scores > kth + np.float32(TIE)
   top = scores >= kth - np.float32(TIE)
-  own_above = np.count_nonzero(above & is_own, axis=1)
-  own_tied = np.count_nonzero(top & is_own, axis=1) - own_above
-  above = np.count_nonzero(above, axis=1)
-  tied = np.count_nonzero(top, axis=1) - above
-  return (own_above + (k - above) * own_tied / tied) / k
+  group_above = np.count_nonzero(above[..., None] & groups, axis=1)  # (B, G)
+  group_tied = np.count_nonzero(top[..., None] & groups, axis=1) - group_above
+  above = np.count_nonzero(above, axis=1)[:, None]
+  tied = np.count_nonzero(top, axis=1)[:, None] - above
+  return (group_above + (k - above) * group_tied / tied) / k
 
 
 def _contenders(
-  scores: np.ndarray, is_own: np.ndarray, k: int
+  scores: np.ndarray, groups: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """The few candidates of each row that can be among its k best or tie with the k-th.
 
-  Returns: (B, M) scores padded with -inf, and (B, M) bool `is_own`.
+  Returns: (B, M) scores padded with -inf, and (B, M, G) bool `groups`.
   """
   # The k-th largest of the maxima of groups is not above the k-th largest of all. A
   # partition of every row would be the slowest part of an evaluation.
@@ -133,10 +133,10 @@ def _contenders(
   count = np.bincount(rows, minlength=b)
   place = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
   some = np.full((b, count.max(initial=k)), -np.inf, np.float32)
-  own = np.zeros(some.shape, bool)
+  of_group = np.zeros((*some.shape, groups.shape[1]), bool)
   some[rows, place] = scores[rows, columns]
-  own[rows, place] = is_own[columns]
-  return some, own
+  of_group[rows, place] = groups[columns]
+  return some, of_group
 
 
 def bootstrap(

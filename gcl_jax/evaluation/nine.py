@@ -55,7 +55,8 @@ def evaluate_nine(
 
   Returns: a JSON-able dict {"items": counts, "plain": view, "centered": view}. A view
     has "local" and "global" ("cells" by direction and the means "same" and "other"),
-    "own_share" and "gap". Recalls, intervals, standard errors and shares are percent;
+    "own_share", "top10_share" (of each candidate modality among a global top 10, by
+    direction) and "gap". Recalls, intervals, standard errors and shares are percent;
     what has no queries is None.
 
   Raises UserError where an embedding is not finite, ValueError for another `center`.
@@ -128,8 +129,9 @@ class Answers:
 
   Attributes:
     ranks: by pool ("local", "global") int64 (3, 3, N), 0 where nothing was asked.
-    share: (3, N) float64, the query modality's share of the top 10, summed over pools.
-    share_even: the same if the top 10 were drawn blindly.
+    share: (3, 3, N) float64, [query modality, candidate modality, item]: the share of
+      the candidate modality among the top 10, summed over global pools.
+    share_even: (3, N), of the query's own modality if the top 10 were drawn blindly.
     share_queries: (3, N) int64, how many global queries were summed.
   """
 
@@ -152,7 +154,7 @@ def answer(banks: Banks, asked: np.ndarray, codes: np.ndarray) -> Answers:
   """
   n = len(codes)
   ranks = {pool: np.zeros((3, 3, n), np.int64) for pool in POOLS}
-  share, even = np.zeros((3, n)), np.zeros((3, n))
+  share, even = np.zeros((3, 3, n)), np.zeros((3, n))
   queries = np.zeros((3, n), np.int64)
   candidates = banks.documents.reshape(3 * n, -1)
   columns = list(_pool_columns(banks.has_document, codes))
@@ -174,9 +176,9 @@ def answer(banks: Banks, asked: np.ndarray, codes: np.ndarray) -> Answers:
       ranks["global"][q, cell[here], items] = metrics.ranks_of_scores(
         pool, position[items]
       )
-      is_own = members // n == q
-      share[q, items] += metrics.share_of_top(pool, is_own)
-      even[q, items] += is_own.mean()
+      is_modality = (members // n)[:, None] == np.arange(3)
+      share[q][:, items] += metrics.shares_of_top(pool, is_modality).T
+      even[q, items] += is_modality[:, q].mean()
       queries[q, items] += 1
   return Answers(ranks, share, even, queries)
 
@@ -226,7 +228,7 @@ def _recalls(
   codes: np.ndarray,
   seed: int,
 ) -> dict:
-  """The "local", "global" and "own_share" parts of a view."""
+  """The "local", "global", "own_share" and "top10_share" parts of a view."""
   n = len(codes)
   ks = len(metrics.KS)
   hits = [
@@ -235,8 +237,9 @@ def _recalls(
     for q, c in CELLS
   ]  # (N, KS) each
   counts = [asked[q, c].repeat(ks).reshape(n, ks) for _ in POOLS for q, c in CELLS]
+  own_share = answers.share[range(3), range(3)]  # (3, N)
   samples = 100 * metrics.bootstrap(
-    np.concatenate([*hits, answers.share.T], axis=1),
+    np.concatenate([*hits, own_share.T], axis=1),
     np.concatenate([*counts, answers.share_queries.T], axis=1),
     seed=seed,
   )  # (resamples, 2 * 9 * KS + 3)
@@ -259,6 +262,7 @@ def _recalls(
     for name, group in (("same", SAME), ("other", OTHER)):
       out[pool][name] = _mean(cells, group, recalls[:, p])
   out["own_share"] = _own_share(answers, samples[:, -3:])
+  out["top10_share"] = _top_share(answers)
   return out
 
 
@@ -313,12 +317,24 @@ def _spread(samples: np.ndarray) -> dict:
   }
 
 
+def _top_share(answers: Answers) -> dict[str, float | None]:
+  """Who fills the global top 10: by direction, percent; 100 over a query modality."""
+  counts = answers.share_queries.sum(axis=1)
+  return {
+    cell_name(q, c): float(100 * answers.share[q, c].sum() / counts[q])
+    if counts[q]
+    else None
+    for q, c in CELLS
+  }
+
+
 def _own_share(answers: Answers, samples: np.ndarray) -> dict:
   """The query modality's share of the global top 10, per modality and their mean."""
   counts = answers.share_queries.sum(axis=1)
   used = [m for m in range(3) if counts[m]]
   out: dict = dict.fromkeys(MODALITIES)
-  out |= {MODALITIES[m]: float(100 * answers.share[m].sum() / counts[m]) for m in used}
+  shares = _top_share(answers)
+  out |= {MODALITIES[m]: shares[cell_name(m, m)] for m in used}
   out["mean"] = float(np.mean([out[MODALITIES[m]] for m in used])) if used else None
   out["no_bias"] = {
     name: float(100 * answers.share_even[m].sum() / counts[m]) if m in used else None

@@ -65,9 +65,16 @@ def test_recall_and_median_by_hand():
   assert metrics.median_rank(ranks[:0]) is None
 
 
+def share_of_top(scores, is_own, k):
+  """Of one group; the other is the rest, so that both make one."""
+  shares = metrics.shares_of_top(scores, np.stack([is_own, ~is_own], axis=1), k)
+  np.testing.assert_allclose(shares.sum(axis=1), 1)
+  return shares[:, 0]
+
+
 def test_share_of_top_by_hand():
   own = np.array([True, True, False, False])
-  share = metrics.share_of_top
+  share = share_of_top
   assert share(row(0.9, 0.8, 0.7, 0.6), own, 2).tolist() == [1]
   assert share(row(0.9, 0.6, 0.8, 0.5), own, 2).tolist() == [0.5]
   # One place is left and three tie for it, one of them own.
@@ -81,12 +88,12 @@ def test_share_of_top_equals_sorting():
   scores = rng.normal(size=(40, 1_003)).astype(np.float32)
   scores[3:9] = np.round(scores[3:9], 1)  # many ties
   own = rng.random(1_003) < 0.3
-  got = metrics.share_of_top(scores, own, 10)
+  got = share_of_top(scores, own, 10)
   untied = [*range(3), *range(9, 40)]
   top = np.argsort(-scores[untied], axis=1)[:, :10]
   np.testing.assert_allclose(got[untied], own[top].mean(axis=1))
   shuffle = rng.permutation(1_003)
-  shuffled = metrics.share_of_top(scores[:, shuffle], own[shuffle], 10)
+  shuffled = share_of_top(scores[:, shuffle], own[shuffle], 10)
   np.testing.assert_allclose(got, shuffled)
 
 

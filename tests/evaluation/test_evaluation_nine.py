@@ -1,6 +1,7 @@
 """Nine directions: known embedders, and a plain loop over the definition."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,21 @@ def test_segregated_model_is_unmasked_by_the_global_pool():
   assert centered["local"] == same["local"]
   assert centered["global"] == same["global"]
   assert centered["own_share"] == same["own_share"]
+
+
+def test_top10_share_by_hand():
+  # Pools of four pictures, four texts, four fused. Only the modality decides, by its
+  # angle: a top 10 holds the four of the nearest, the four of the next, two of the last.
+  angle = np.radians([0, 30, 70])
+  embed = embedder(lambda k, m: np.array([np.cos(angle[m]), np.sin(angle[m])]), 2)
+  items = build_items(records(12))
+  placed = tuple(replace(item, code=k) for k, item in enumerate(items))
+  plain = evaluate_nine(replace(items, items=placed), embed, center=False)["plain"]
+  expected = {"i->i": 40, "i->t": 40, "i->it": 20}
+  expected |= {"t->i": 40, "t->t": 40, "t->it": 20}
+  expected |= {"it->i": 20, "it->t": 40, "it->it": 40}
+  assert plain["top10_share"] == pytest.approx(expected)
+  assert plain["own_share"]["image"] == pytest.approx(40)
 
 
 def odd_records():
@@ -308,6 +324,9 @@ def test_one_caption_asks_only_for_pictures():
   share = result["plain"]["own_share"]
   assert share["fused"] is None
   assert share["queries"] == {"image": 90, "text": 30, "fused": 0}
+  top = result["plain"]["top10_share"]
+  assert [top[f"it->{c}"] for c in LETTERS] == [None] * 3
+  assert sum(top[f"t->{c}"] for c in LETTERS) == pytest.approx(100)
 
 
 def test_texts_alone():
