@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
+from gcl_jax.data import collapse
 from gcl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def build_items(source: Source, *, limit: int | None = None) -> Items:
       f"nothing to evaluate: none of the {len(source)} records has a picture or a"
       " caption; check config.data and --split"
     )
-  captions = Counter(caption_key(draft.caption) for draft in drafts if draft.caption)
+  captions = Counter(collapse(draft.caption) for draft in drafts if draft.caption)
   pictures = _document_pictures(source, drafts)
   items = tuple(_item(source, draft, captions, pictures) for draft in drafts)
   dropped = sum(
@@ -144,11 +145,6 @@ def build_items(source: Source, *, limit: int | None = None) -> Items:
   result = Items(source, items, counts)
   _check(result, captions)
   return result
-
-
-def caption_key(text: str) -> str:
-  """A caption with blanks and case collapsed: captions with one key are the same."""
-  return " ".join(text.split()).casefold()
 
 
 def mirrored_crop(image: Image.Image, crop: tuple[float, float, float]) -> Image.Image:
@@ -220,7 +216,7 @@ class _Draft:
     n = len(self.others)
     for k in range(min(n, n if isinstance(self.others, list) else TRIES)):
       text = self.others[(self.numbers[3] + k) % n]
-      if text and caption_key(text) not in ("", caption_key(self.caption)):
+      if text and collapse(text) not in ("", collapse(self.caption)):
         yield text
 
 
@@ -264,7 +260,7 @@ def _captions(texts: list[Sequence[str]]) -> Sequence[str]:
   for sequence in texts:
     for text in sequence:
       if text and text.strip():
-        seen.setdefault(caption_key(text), text)
+        seen.setdefault(collapse(text), text)
   return list(seen.values())
 
 
@@ -324,9 +320,9 @@ def _query_caption(draft: _Draft, captions: Counter) -> tuple[str | None, bool]:
   one_caption = True
   for text in draft.other_captions():
     one_caption = False
-    if caption_key(text) not in captions:
+    if collapse(text) not in captions:
       return text, False
-  if one_caption and captions[caption_key(draft.caption)] == 1:
+  if one_caption and captions[collapse(draft.caption)] == 1:
     return draft.caption, True
   return None, False
 
@@ -356,5 +352,5 @@ def _check(items: Items, captions: Counter) -> None:
   for item in items:
     assert item.query_picture not in documents, item.name
     if item.query_caption is not None:
-      asked = captions[caption_key(item.query_caption)]
+      asked = captions[collapse(item.query_caption)]
       assert asked == item.one_caption, item.name

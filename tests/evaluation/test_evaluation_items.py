@@ -5,9 +5,10 @@ import pytest
 from evaluation_fakes import picture, record, records
 from PIL import Image
 
+from gcl_jax.data import collapse
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation import build_items
-from gcl_jax.evaluation.items import caption_key, mirrored_crop
+from gcl_jax.evaluation.items import mirrored_crop
 
 
 class Lazy:
@@ -125,11 +126,9 @@ def test_query_text_is_no_items_document():
     {"id": "c", "images": [], "texts": ["three", "one", "five"]},
   ]
   items = build_items(source)
-  documents = {caption_key(item.document_caption) for item in items}
+  documents = {collapse(item.document_caption) for item in items}
   for item in items:
-    assert (
-      item.query_caption is None or caption_key(item.query_caption) not in documents
-    )
+    assert item.query_caption is None or collapse(item.query_caption) not in documents
 
 
 def test_text_query_without_a_free_caption_is_dropped_and_counted():

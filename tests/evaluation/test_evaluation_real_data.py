@@ -5,9 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-from gcl_jax.data import open_source
+from gcl_jax.data import collapse, open_source
 from gcl_jax.evaluation import build_items, evaluate_nine, render
-from gcl_jax.evaluation.items import caption_key
 from gcl_jax.evaluation.nine import CELLS, cell_name
 from gcl_jax.processing import decode_image
 
@@ -42,10 +41,10 @@ def embed(images, texts):
 
 def check(items, result):
   """No query is a document; cells and counts fit."""
-  documents = {caption_key(i.document_caption) for i in items if i.document_caption}
+  documents = {collapse(i.document_caption) for i in items if i.document_caption}
   for item in items:
     if item.query_caption is not None and not item.one_caption:
-      assert caption_key(item.query_caption) not in documents
+      assert collapse(item.query_caption) not in documents
   n = len(items)
   for pool in ("local", "global"):
     for q, c in CELLS:
