@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
@@ -45,12 +47,7 @@ def main() -> None:
   from gcl_jax.data import open_source
   from gcl_jax.evaluation import build_items, evaluate_nine, render
 
-  if _FLAGS.data:
-    data_config.path = _FLAGS.data
-    if data_config.source == "scenes":  # a demo's model, on files
-      data_config.source = "table"
-  for option in _FLAGS.data_option:
-    _set(data_config, option)
+  change_data(data_config, _FLAGS.data, _FLAGS.data_option)
   items = build_items(
     open_source(data_config, split=_FLAGS.split), limit=_FLAGS.items or None
   )
@@ -118,7 +115,25 @@ def _load(checkpoint: str, step: str):
   return data, embedder
 
 
-def _set(data, option: str) -> None:
+def change_data(data: ConfigDict, path: str, options: Sequence[str]) -> None:
+  """Points a run's config.data at other data, in place.
+
+  Args:
+    data: whatever the run was trained on.
+    path: a folder of pairs, "" to keep the run's own.
+    options: field=value each; after the path, so that they have the last word.
+
+  Raises:
+    UserError: no such field, or a value that it cannot hold.
+  """
+  if path:
+    data.path = path
+    data.source = "table"
+  for option in options:
+    _set(data, option)
+
+
+def _set(data: ConfigDict, option: str) -> None:
   name, equals, value = option.partition("=")
   if not equals or name not in data:
     raise UserError(
