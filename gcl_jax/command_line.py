@@ -16,12 +16,17 @@ from absl import app, flags, logging
 from gcl_jax.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; ends the process."""
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+  """Parses the flags and calls `main`; ends the process.
+
+  Args:
+    main: the command.
+    resumable: whether the same command goes on after it was stopped, and says so.
+  """
+  app.run(lambda _: _guarded(main, resumable), flags_parser=_parse)
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None], resumable: bool) -> None:
   if not any(given.lstrip("-").startswith("verbosity") for given in sys.argv):
     # The libraries narrate every file that they write; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
@@ -30,9 +35,8 @@ def _guarded(main: Callable[[], None]) -> None:
   except UserError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    print(
-      "\nstopped; the same command goes on from the last checkpoint", file=sys.stderr
-    )
+    more = "; the same command goes on from the last checkpoint" if resumable else ""
+    print(f"\nstopped{more}", file=sys.stderr)
     sys.exit(130)
 
 
