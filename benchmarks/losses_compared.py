@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
@@ -28,10 +29,17 @@ _SHOWN = (
   "local.other.R@1",
   "local.same.R@1",
 )
-# What a name on the command line sets in the config.
+SEPARATION = "CL+separation"
+# What a name on the command line sets in the config, beside no separation.
 LOSSES = {
   "CL": {"loss.name": "contrastive"},
-  "CL+separation": {"loss.name": "contrastive", "loss.intra_modal_separation": 0.5},
+  # Pushed apart as the recipe's features differ, and all alike.
+  SEPARATION: {"loss.name": "contrastive", "loss.intra_modal_separation": 0.5},
+  "CL+image_separation": {
+    "loss.name": "contrastive",
+    "loss.intra_modal_separation": 0.5,
+    "loss.separation_features": "none",
+  },
   "GCL": {"loss.name": "gcl", "loss.denominator": "self_masked"},
   "GCL-literal": {"loss.name": "gcl", "loss.denominator": "literal"},
   "GCL-clean": {"loss.name": "gcl", "loss.denominator": "clean"},
@@ -55,6 +63,8 @@ def main() -> None:
   """Runs what is not finished yet, then prints and writes the rows."""
   if _FLAGS.config is None:
     raise UserError("name a recipe, such as --config=configs/demo.py")
+  for name in _FLAGS.losses:  # a mistake is found before the first run
+    configure(_FLAGS.config, name, 0)
   rows = []
   for seed in map(int, _FLAGS.seeds):
     for place, name in enumerate(_FLAGS.losses):
@@ -64,24 +74,57 @@ def main() -> None:
   print(table(rows))
 
 
+def configure(
+  recipe: ConfigDict, name: str, seed: int, *, root: str = "", start_from: str = ""
+) -> tuple[str, ConfigDict]:
+  """One run's label in the table, and its config.
+
+  Args:
+    recipe: what all runs share; it is left as it is.
+    name: of `LOSSES`.
+    seed: of the run, and of the run it starts from.
+    root, start_from: the run starts from <root>/<start_from>-seed<seed>; "": the
+      recipe's own start.
+
+  Raises:
+    UserError: no such loss, or a separation whose features the recipe does not name.
+  """
+  if name not in LOSSES:
+    raise UserError(f"--losses: {name!r} is none of {', '.join(LOSSES)}")
+  config = copy.deepcopy(recipe)
+  config.seed = seed
+  config.loss.intra_modal_separation = 0.0
+  config.update_from_flattened_dict(LOSSES[name])
+  label = name
+  if config.loss.intra_modal_separation:
+    features = config.loss.separation_features
+    if name == SEPARATION and features == "none":
+      raise UserError(
+        f"--losses: {name} needs --config.loss.separation_features=<initial_text_tower"
+        " or a .npy file>; without features it is CL+image_separation"
+      )
+    label = (
+      f"{SEPARATION} ({'image only' if features == 'none' else Path(features).name})"
+    )
+  if start_from:
+    config.init.pretrained = f"{root}/{start_from}-seed{seed}"
+    label = f"{start_from}, then {label}"
+  config.name = re.sub(r"[^\w.+-]+", "-", label).strip("-")
+  return label, config
+
+
 def _run(name: str, seed: int, with_start: bool) -> list[dict]:
+  from gcl_jax.checkpoints import read_description
   from gcl_jax.evaluation import best_metric
   from gcl_jax.train import train_and_evaluate
 
-  if name not in LOSSES:
-    raise UserError(f"--losses: {name!r} is none of {', '.join(LOSSES)}")
-  config = copy.deepcopy(_FLAGS.config)
-  config.seed = seed
+  label, config = configure(
+    _FLAGS.config, name, seed, root=_FLAGS.root, start_from=_FLAGS.start_from
+  )
   config.eval.before = with_start  # the same for every loss
-  for field, value in LOSSES[name].items():
-    config.update_from_flattened_dict({field: value})
-  label = name
-  if _FLAGS.start_from:
-    config.init.pretrained = f"{_FLAGS.root}/{_FLAGS.start_from}-seed{seed}"
-    label = f"{_FLAGS.start_from}, then {name}"
-  config.name = label.replace(", ", "-").replace(" ", "-")
   workdir = Path(_FLAGS.root) / f"{config.name}-seed{seed}"
   _, results = train_and_evaluate(config, workdir)
+  steps = read_description(workdir).steps  # config.steps may be 0: so many epochs
   rows = []
   for stage, result in results.items():
     shown = label if stage == "after" else "untrained"
@@ -90,7 +133,7 @@ def _run(name: str, seed: int, with_start: bool) -> list[dict]:
     for variant in ("plain", "centered"):
       numbers = {m: best_metric(result, f"{variant}.{m}") for m in _SHOWN}
       rows.append(
-        {"loss": shown, "seed": seed, "steps": config.steps, "variant": variant}
+        {"loss": shown, "seed": seed, "steps": steps, "variant": variant}
         | numbers
         | {"gap_image_text": result[variant]["gap"]["delta"]["i-t"]}
         | {"own_share": result[variant]["own_share"]["mean"]}
@@ -125,4 +168,4 @@ def table(rows: list[dict]) -> str:
 
 if __name__ == "__main__":
   _define_flags()
-  command_line.run(main)
+  command_line.run(main, resumable=True)
