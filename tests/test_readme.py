@@ -42,7 +42,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
   assert any("pip install" in line and "requirements-test.txt" in line for line in ci)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "gcl_jax." in c])
+@pytest.mark.parametrize("command", [c for c in commands() if "python -m" in c])
 def test_every_command_names_recipes_and_flags_that_exist(command):
   for recipe in re.findall(r"--config=(\S+?)(?::\w+)?(?:\s|$)", command):
     assert (ROOT / recipe).is_file(), recipe
@@ -97,7 +97,7 @@ def test_the_model_card_runs_as_printed_and_fuses_as_we_do(tmp_path, tiny_run):
   folder = export_run(tiny_run, tmp_path / "hf")
   card = (folder / "README.md").read_text()
   code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
-  assert len(code.strip().splitlines()) <= 15
+  assert len([line for line in code.splitlines() if line.strip()]) <= 10
   Image.linear_gradient("L").convert("RGB").save(folder / "picture.jpg")
   python(code + "\nimport numpy\nnumpy.save('fused.npy', fused.numpy())", folder)
   theirs = np.load(folder / "fused.npy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from gcl_jax._version import __version__
@@ -12,6 +13,20 @@ from gcl_jax.fusion import FusionSettings
 from gcl_jax.models import write_pretrained
 
 _CARD = "README.md"
+# Lies in a folder for as long as we may throw it away, and is the last to go.
+_MARK = ".gcl_jax_export"
+_FILES = {
+  _CARD,
+  "config.json",
+  "gcl_jax.json",
+  "merges.txt",
+  "model.safetensors",
+  "preprocessor_config.json",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+}
 
 
 def export_run(
@@ -22,6 +37,9 @@ def export_run(
   table: str = "",
 ) -> Path:
   """Writes weights, config, processor files and a model card.
+
+  All of it is written to `<output>.part` and renamed at the end: an export that was
+  interrupted leaves the output as it was, and the next one starts over.
 
   Args:
     workdir: a run's folder.
@@ -34,33 +52,99 @@ def export_run(
     bit-identical to the run's.
 
   Raises:
-    UserError: no such checkpoint, or the output holds something else.
+    UserError: no such checkpoint, the output (or a folder beside it that the export
+      needs) holds something else, or it cannot be written.
   """
   output = Path(output)
   check_output(output)
   model, params, processor, config = read_run(workdir, step)
   fusion = _settings(model.fusion, params)
-  output.mkdir(parents=True, exist_ok=True)
-  processor.save(output)
-  write_pretrained(output, model.config, params, fusion)
-  (output / _CARD).write_text(model_card(config.name, fusion, table))
+  place = output.resolve()  # renaming would replace a link, not the folder behind it
+  part = _beside(place, "part")
+  try:
+    _discard(part)
+    part.mkdir(parents=True)
+    (part / _MARK).touch()
+    processor.save(part)
+    write_pretrained(part, model.config, params, fusion)
+    (part / _CARD).write_text(model_card(config.name, fusion, table))
+    _put_in_place(part, place)
+  except OSError as error:
+    raise UserError(
+      f"--output={output} cannot be written ({error.strerror or error}): is there room, "
+      f"and may you write to {place.parent}?"
+    ) from error
   return output
 
 
 def check_output(output: Path) -> None:
   """Refuses a folder that holds something other than an earlier export.
 
+  Also refuses where `<output>.part` or `<output>.old`, which an export writes and
+  deletes, holds something that no export of ours left there.
+
   Raises:
     UserError: it does, or it is a file.
   """
   if output.exists() and not output.is_dir():
     raise UserError(f"--output={output} is a file: name a folder.")
-  names = {p.name for p in output.iterdir()} if output.is_dir() else set()
-  if names and not {"config.json", "gcl_jax.json"} <= names:
+  others = _others(output)
+  if others:
     raise UserError(
-      f"--output={output} holds something else ({', '.join(sorted(names)[:3])}): name a "
+      f"--output={output} holds something else ({', '.join(others[:3])}): name a "
       "new or empty folder."
     )
+  for word in ("part", "old"):
+    beside = _beside(output.resolve(), word)
+    if _is_ours(beside):
+      continue
+    raise UserError(
+      f"{beside} is in the way: an export writes there first, and it holds something "
+      "else. Move it, or name another --output."
+    )
+
+
+def _beside(output: Path, word: str) -> Path:
+  return output.with_name(f"{output.name}.{word}")
+
+
+def _others(folder: Path) -> list[str]:
+  """What keeps a folder from being an earlier export (or empty, or absent)."""
+  names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+  if {"config.json", "gcl_jax.json"} <= names:
+    names -= _FILES
+  return sorted(names - {_MARK})
+
+
+def _is_ours(folder: Path) -> bool:
+  if not folder.exists() or (folder.is_dir() and (folder / _MARK).exists()):
+    return True
+  return folder.is_dir() and not _others(folder)
+
+
+def _discard(folder: Path) -> None:
+  """Deletes a folder of ours, the mark last: stopped halfway, it is still ours."""
+  if not folder.exists():
+    return
+  for path in folder.iterdir():
+    if path.is_dir():
+      shutil.rmtree(path)
+    elif path.name != _MARK:
+      path.unlink()
+  (folder / _MARK).unlink(missing_ok=True)
+  folder.rmdir()
+
+
+def _put_in_place(part: Path, output: Path) -> None:
+  """Renames `part` to `output`; an earlier export there is gone only afterwards."""
+  old = _beside(output, "old")
+  _discard(old)
+  (part / _MARK).unlink()
+  if output.exists():
+    (output / _MARK).touch()
+    output.rename(old)
+  part.rename(output)
+  _discard(old)
 
 
 def _settings(fusion: FusionSettings, params: dict) -> FusionSettings:
@@ -93,18 +177,16 @@ embeddings by their dot product. Fused embeddings of documents with both, in PyT
 (from inside this folder; elsewhere write its path for the dot):
 
 ```python
-import torch
 from PIL import Image
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor
 
-model = CLIPModel.from_pretrained(".").eval()
+model = CLIPModel.from_pretrained(".").requires_grad_(False)
 processor = CLIPProcessor.from_pretrained(".")
 inputs = processor(text=["a caption"], images=[Image.open("picture.jpg")],
                    return_tensors="pt", padding=True, truncation=True)
-with torch.no_grad():
-  image = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
-  text = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
+image = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
+text = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
 fused = normalize({fusion.image_weight} * {image} + {fusion.text_weight} * {text}, dim=-1)
 ```
 
