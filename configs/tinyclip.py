@@ -7,13 +7,11 @@ published ViTs: `configs/tinyclip.py:8M`, `:39M`, `:40M`, `:61M`. A folder on di
 `--config.init.pretrained=<folder>`. From scratch:
 `--config.init.pretrained="" --config.model.name=TinyCLIP-ViT-8M-16-Text-3M`.
 
-From the paper (arXiv 2509.25638): the start from a pretrained model, the data (pairs
-only), the loss over all six directions with equal weights, score fusion by addition.
-Everything marked "ours" is not stated there.
+What is the paper's and what is ours: `gcl_jax/training/paper.py`.
 """
 
 from gcl_jax.errors import UserError
-from gcl_jax.training.config import default_config
+from gcl_jax.training.paper import paper_recipe
 
 _HUB = {
   "8M": "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M",
@@ -27,16 +25,7 @@ def get_config(variant: str = "40M"):
   """Fine-tuning of a TinyCLIP; `variant` is 8M, 39M, 40M or 61M."""
   if variant not in _HUB:
     raise UserError(f"configs/tinyclip.py:{variant}: there are {', '.join(_HUB)}.")
-  config = default_config()
+  config = paper_recipe()
   config.name = f"tinyclip_{variant}"
   config.init.pretrained = _HUB[variant]
-
-  config.batch_size = 1024  # ours
-  config.epochs = 1.0  # ours
-  config.optimizer.learning_rate = 1e-5  # ours: UniIR's, for models of this family
-  config.optimizer.warmup_steps = 0  # ours, as UniIR
-  config.optimizer.weight_decay = 0.2  # ours: CLIP's
-  config.optimizer.clip_norm = 1.0  # ours
-  config.temperature.mode = "learned"  # ours: from the checkpoint, capped at 100
-  config.data.augment = "none"  # ours
   return config
