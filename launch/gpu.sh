@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All GPUs of one machine:  launch/gpu.sh configs/tinyclip.py --config.data.path=...
 # Needs: pip install -r requirements.txt "jax[cuda13]" (or jax[cuda12]).
+# Runs from the root of the repository: relative paths (--workdir too) are meant from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config="${1:?usage: launch/gpu.sh configs/NAME.py [flags]}"

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Runs one command on every worker of a TPU slice that exists:
-#   TPU_NAME=my-slice ZONE=us-central2-b launch/tpu_pod.sh configs/tinyclip.py --workdir=...
-# Copies this checkout to the workers, installs, trains. --dry-run prints the commands.
+#   TPU_NAME=my-slice ZONE=us-central2-b launch/tpu_pod.sh configs/tinyclip.py \
+#     --workdir=/mnt/bucket/runs/a --config.data.path=/mnt/bucket/data
+# Copies this checkout's last commit to the workers (to gcl_jax in the home folder), installs,
+# trains. --dry-run prints the commands. --workdir must be on storage that all workers share,
+# such as a bucket mounted at the same place on each; so must the data, or be copied to each.
+# Relative paths are meant from the copy on each worker, so they are not shared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dry=""
@@ -26,7 +30,10 @@ on_all_workers() {
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command="$1"
 }
 
-flags="$(printf ' %q' "$@")"
+flags=""
+if (($#)); then  # printf without arguments would print an empty one
+  flags="$(printf ' %q' "$@")"
+fi
 archive="$(mktemp -d)/gcl_jax.tar.gz"
 run git archive --format=tar.gz --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:gcl_jax.tar.gz" \

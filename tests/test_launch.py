@@ -37,6 +37,44 @@ def test_the_pod_launcher_can_be_rehearsed():
   assert "a\\" in done.stdout  # the blank is quoted for the worker's shell
 
 
+def test_the_pod_launcher_without_flags_passes_none():
+  done = subprocess.run(
+    ["bash", ROOT / "launch" / "tpu_pod.sh", "--dry-run", "configs/demo.py"],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "TPU_NAME": "slice", "ZONE": "zone"},
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.rstrip().endswith("--config=configs/demo.py")
+
+
+def test_slurm_hands_every_task_its_cores(tmp_path):
+  srun = tmp_path / "srun"
+  srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+  srun.chmod(0o755)
+  done = subprocess.run(
+    ["bash", ROOT / "launch" / "slurm.sbatch", "configs/tinyclip.py", "--workdir=a b"],
+    capture_output=True,
+    text=True,
+    env={
+      **os.environ,
+      "PATH": f"{tmp_path}:{os.environ['PATH']}",
+      "SLURM_SUBMIT_DIR": str(ROOT),
+      "SLURM_CPUS_PER_TASK": "12",
+    },
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    "--cpus-per-task=12",
+    "python",
+    "-m",
+    "gcl_jax.train",
+    "--distributed",
+    "--config=configs/tinyclip.py",
+    "--workdir=a b",
+  ]
+
+
 def test_a_launcher_without_a_recipe_says_how_it_is_used():
   done = subprocess.run(
     ["bash", ROOT / "launch" / "local.sh"], capture_output=True, text=True
