@@ -25,6 +25,7 @@ def main() -> None:
   from gcl_jax.checkpoints import read_description, read_results
   from gcl_jax.checkpoints.export import check_output, export_run
   from gcl_jax.evaluation import choose_step, to_markdown
+  from gcl_jax.training.check import describe_loss
 
   check_output(Path(_FLAGS.output))
   run = read_description(_FLAGS.checkpoint)
@@ -33,7 +34,8 @@ def main() -> None:
   rows = {
     name: results[at] for name, at in (("before", 0), ("after", step)) if at in results
   }
-  table = to_markdown(rows) if rows else ""
+  notes = [describe_loss(run.config)]
+  table = to_markdown(rows, notes=notes) if rows else notes[0]
   folder = export_run(_FLAGS.checkpoint, _FLAGS.output, step=step, table=table)
   print(
     f"written: {folder} (step {step})\n"

@@ -41,10 +41,13 @@ def main() -> None:
     jax.distributed.initialize()
 
   from gcl_jax.evaluation import render
+  from gcl_jax.training.check import describe_loss
 
   workdir = Path(_FLAGS.workdir or f"runs/{config.name}")
   trained, rows = train_and_evaluate(config, workdir)
-  print(render(rows))
+  if jax.process_index():
+    return
+  print(render(rows, notes=[describe_loss(config)]))
   if not trained:
     print(
       f"This run is finished. To start anew: another --workdir, or remove {workdir}. To "
@@ -58,6 +61,10 @@ def train_and_evaluate(
 ) -> tuple[bool, dict[str, Mapping[str, Any]]]:
   """Runs a config, evaluated in nine directions on the held-out part of its data.
 
+  Args:
+    config: of `gcl_jax.training.config.default_config`, with a recipe's changes.
+    workdir: the run's folder.
+
   Returns:
     Whether it trained (False: it was finished already), and the results `before` (where
     the config asks for it) and `after`.
@@ -65,7 +72,6 @@ def train_and_evaluate(
   Raises:
     UserError: see `gcl_jax.training.run.train`.
   """
-  from gcl_jax.checkpoints import read_results
   from gcl_jax.data import open_source
   from gcl_jax.evaluation import (
     best_metric,
@@ -95,10 +101,9 @@ def train_and_evaluate(
   def score(result):
     return best_metric(result, config.eval.best)
 
-  trained = train(config, workdir, evaluate=evaluate, score=score, summarize=scalars)
-  results = read_results(workdir)
-  rows = {"before": results[0]} if 0 in results else {}
-  return trained, {**rows, "after": results[max(results)]}
+  outcome = train(config, workdir, evaluate=evaluate, score=score, summarize=scalars)
+  rows = {"before": outcome.results[0]} if 0 in outcome.results else {}
+  return outcome.trained, {**rows, "after": outcome.results[outcome.steps]}
 
 
 def _next_commands(workdir: Path) -> str:
@@ -115,4 +120,4 @@ def _next_commands(workdir: Path) -> str:
 
 if __name__ == "__main__":
   _define_flags()
-  command_line.run(main)
+  command_line.run(main, resumable=True)

@@ -9,7 +9,7 @@ from gcl_jax.checkpoints.folder import (
   write_description,
   write_result,
 )
-from gcl_jax.checkpoints.manager import Checkpoints, read_run
+from gcl_jax.checkpoints.manager import Checkpoints, read_run, saved_steps
 
 __all__ = [
   "Checkpoints",
@@ -19,6 +19,7 @@ __all__ = [
   "read_result",
   "read_results",
   "read_run",
+  "saved_steps",
   "write_description",
   "write_result",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,23 @@ def write_description(folder: str | os.PathLike, run: RunDescription) -> None:
 
 
 def check_free(folder: str | os.PathLike) -> None:
-  """Refuses a folder that holds something other than a run.
+  """Refuses a folder that holds something other than a run, or cannot be written.
 
   Raises:
-    UserError: it is a file, or a folder with other contents.
+    UserError: it is, or lies below, a file; it holds other things; no permission.
   """
   folder = Path(folder)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f"--workdir={folder} is a file: name a folder.")
-  # A run that was killed while it wrote its first files leaves only `processor`.
+  if re.match(r"\w+:/", str(folder)):  # a Path has lost the second slash
+    raise UserError(f"--workdir={folder}: runs live in local or mounted folders.")
+  there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+  if not there.is_dir():
+    raise UserError(f"--workdir={folder}: {there} is a file: name a folder.")
+  if not os.access(there, os.W_OK):
+    raise UserError(f"--workdir={folder}: {there} may not be written to: name another.")
+  # A run that was killed while it wrote its first files leaves only these.
+  first = {"processor", "initial", f"{RUN_FILE}.part"}
   if folder.is_dir() and not is_run(folder):
-    others = sorted(p.name for p in folder.iterdir() if p.name != "processor")
+    others = sorted(p.name for p in folder.iterdir() if p.name not in first)
     if others:
       raise UserError(
         f"--workdir={folder} holds something else ({', '.join(others[:3])}, ...) and no "

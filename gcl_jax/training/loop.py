@@ -67,6 +67,9 @@ def run_loop(
     workdir: the run's folder, for profiler traces.
     records: size of the training source.
 
+  Returns:
+    The state after the last step.
+
   Raises:
     UserError: the loss or an update stopped being finite, or too many records cannot
       be read. The last checkpoint is whole and from before.
@@ -74,9 +77,10 @@ def run_loop(
   start = int(state["step"])
   progress = ProgressLine(total_steps, config.batch_size, start)
   guard = _Guard(config, batches, records)
+  profiler = _Profiler(config, workdir)
   iterator, waited = iter(batches), 0.0
   for step in range(start + 1, total_steps + 1):
-    _profile(config, step - start, workdir)
+    profiler.before(step, state)
     asked = time.monotonic()
     batch = next(iterator)
     waited += time.monotonic() - asked
@@ -97,8 +101,11 @@ def run_loop(
     if evaluated:
       evaluate(state, step)
       progress.reset()
-    if step * config.batch_size // records > (step - 1) * config.batch_size // records:
-      guard.report_epoch(step * config.batch_size // records)
+    epoch = step * config.batch_size // records
+    if last or epoch > (step - 1) * config.batch_size // records:
+      guard.check(state)
+      guard.report(f"epoch {epoch} done" if not last else "done")
+  profiler.close()
   checkpoints.wait()
   return state
 
@@ -127,9 +134,10 @@ class _Guard:
     if failed >= 0:
       raise UserError(
         f"the loss or an update was not finite at step {failed}; nothing from then on "
-        "was saved. Lower config.optimizer.learning_rate, lengthen the warm-up, or run "
-        "in config.model.dtype=float32; the same command goes on from the last "
-        "checkpoint."
+        "was saved. Start another --workdir with a lower "
+        "config.optimizer.learning_rate, a longer warm-up or "
+        "config.model.dtype=float32; --config.init.pretrained=<this run's folder> starts "
+        "it from the last checkpoint."
       )
     seen = step * self._config.batch_size
     # A folder of which nothing can be read should not need a thousand records to show.
@@ -141,11 +149,11 @@ class _Guard:
         f"{self._examples()}Mend the data, or raise that field."
       )
 
-  def report_epoch(self, epoch: int) -> None:
-    """Says after an epoch how many records could not be read."""
-    if self.bad:
+  def report(self, when: str) -> None:
+    """Says after an epoch and at the end how many records could not be read."""
+    if self.bad and jax.process_index() == 0:
       print(
-        f"epoch {epoch} done: {self.bad} unreadable records so far (they were left "
+        f"{when}: {self.bad} unreadable records so far (they were left "
         f"out). {self._examples()}",
         file=sys.stderr,
         flush=True,
@@ -156,9 +164,25 @@ class _Guard:
     return f"For example: {'; '.join(examples)}. " if examples else ""
 
 
-def _profile(config: ConfigDict, step: int, workdir: Path) -> None:
-  first = config.log.profile_start
-  if first and step == first:
-    jax.profiler.start_trace(str(workdir / "profile"))
-  if first and step == first + config.log.profile_steps:
-    jax.profiler.stop_trace()
+class _Profiler:
+  """Traces the steps that the config asks for; closed, it ends a trace cut short."""
+
+  def __init__(self, config: ConfigDict, workdir: Path):
+    self._first = config.log.profile_start
+    self._end = self._first + config.log.profile_steps
+    self._folder, self._running = str(workdir / "profile"), False
+
+  def before(self, step: int, state: State) -> None:
+    """Starts or stops the trace before a step."""
+    if self._first and step == self._first:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+    elif self._running and step == self._end:
+      jax.block_until_ready(state)
+      self.close()
+
+  def close(self) -> None:
+    """Ends the trace, where one is running."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False

@@ -7,11 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gcl_jax.errors import UserError
 from gcl_jax.fusion import fuse
 from gcl_jax.losses import (
   contrastive_loss,
@@ -21,75 +19,12 @@ from gcl_jax.losses import (
 from gcl_jax.models import Model
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import BATCH_AXES
-
-DENOMINATORS = ("self_masked", "literal", "clean", "cross_only", "target_only")
-SEPARATION_FEATURES = ("none", "initial_text_tower")
+from gcl_jax.training.check import direction_weights
 
 # params, batch, constants -> loss (), metrics (a flat dict of float32 scalars)
 Objective = Callable[
   [Any, Mapping[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]
 ]
-
-
-def check_loss(config: ConfigDict) -> None:
-  """Refuses what `config.loss`, `.temperature` or `.fusion` cannot mean.
-
-  Raises:
-    UserError: naming the field, what it holds, and what it may hold.
-  """
-  loss = config.loss
-  choices = {
-    "loss.name": (loss.name, ("gcl", "contrastive")),
-    "loss.denominator": (loss.denominator, DENOMINATORS),
-    "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
-    "fusion.of": (config.fusion.of, ("raw", "unit")),
-    "loss.form": (loss.form, ("auto", "dense")),
-    "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-  }
-  for field, (value, allowed) in choices.items():
-    if value not in allowed:
-      raise UserError(
-        f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
-      )
-  direction_weights(config)
-  scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
-  if scale < 0 or (top and scale > top):
-    raise UserError(
-      f"config.temperature.logit_scale is {scale}: it is the scale itself (1/tau, such "
-      f"as 100), at most config.temperature.max_logit_scale ({top}); 0 keeps the model's."
-    )
-  features = loss.separation_features
-  if loss.intra_modal_separation and not (
-    features in SEPARATION_FEATURES or features.endswith(".npy")
-  ):
-    raise UserError(
-      f"config.loss.separation_features is {features!r}: it is none, initial_text_tower "
-      "or a .npy file with one row per record."
-    )
-
-
-def direction_weights(config: ConfigDict) -> np.ndarray | None:
-  """`config.loss.direction_weights` as a (3, 3) float32 array; None is all ones.
-
-  Raises:
-    UserError: it is neither empty nor 3 rows of 3 weights of at least 0.
-  """
-  weights = config.loss.direction_weights
-  if not len(weights):
-    return None
-  try:
-    array = np.asarray(weights, np.float32)
-  except ValueError:
-    array = np.zeros(0)
-  if array.shape == (9,):
-    array = array.reshape(3, 3)
-  off_diagonal = array[~np.eye(3, dtype=bool)] if array.shape == (3, 3) else array
-  if array.shape != (3, 3) or (off_diagonal < 0).any() or not off_diagonal.any():
-    raise UserError(
-      f"config.loss.direction_weights is {weights}: 3 rows of 3 weights (query image, "
-      "text, fused by candidate image, text, fused), none negative and not all zero."
-    )
-  return array
 
 
 def make_objective(
@@ -108,7 +43,6 @@ def make_objective(
     `separation_features` (N, F) where a file was given; `constants` holds
     `initial_params` where the initial text tower gives those features.
   """
-  check_loss(config)
   loss_config, weights = config.loss, direction_weights(config)
   separation = loss_config.intra_modal_separation
   placement = {"mesh": mesh, "batch_axes": BATCH_AXES, "form": loss_config.form}

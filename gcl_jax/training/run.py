@@ -20,19 +20,20 @@ from gcl_jax.checkpoints import (
   RunDescription,
   is_run,
   read_description,
-  read_result,
   read_results,
   write_description,
   write_result,
 )
 from gcl_jax.checkpoints.folder import check_free
+from gcl_jax.checkpoints.manager import saved_steps
 from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import UserError
-from gcl_jax.models import Model
+from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, make_mesh, put_batch
+from gcl_jax.training.check import check_loss, check_numbers
 from gcl_jax.training.loop import run_loop
-from gcl_jax.training.objective import Objective, check_loss, make_objective
+from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
   cap_logit_scale,
   frozen_mask,
@@ -56,6 +57,14 @@ Score = Callable[[Mapping[str, Any]], float]
 Summarize = Callable[[Mapping[str, Any]], Mapping[str, float]]
 
 
+class Outcome(NamedTuple):
+  """How a run ended."""
+
+  trained: bool
+  steps: int
+  results: Mapping[int, Mapping[str, Any]]
+
+
 def train(
   config: ConfigDict,
   workdir: str | os.PathLike,
@@ -63,7 +72,7 @@ def train(
   evaluate: Evaluate,
   score: Score,
   summarize: Summarize,
-) -> bool:
+) -> Outcome:
   """Runs a config in a folder, from wherever that folder's run was left.
 
   Args:
@@ -75,7 +84,8 @@ def train(
     summarize: picks from a result the numbers that are logged.
 
   Returns:
-    True when it trained, False when the run there was already finished.
+    Whether it trained (False: the run there was finished), the length of the run, and
+    every evaluation by step.
 
   Raises:
     UserError: anything in the config, the data or the folder that the user can mend;
@@ -84,25 +94,34 @@ def train(
   workdir = Path(workdir)
   check_free(workdir)
   check_loss(config)
+  check_numbers(config)
   mesh = make_mesh(**config.mesh)
   source = open_source(config.data, split=config.data.train_split)
   total_steps = _length(config, source)
   _check_batch(config, mesh, source)
   learning_rate_schedule(config.optimizer, total_steps)  # raises on a bad one
   stored = read_description(workdir) if is_run(workdir) else None
+  saved = saved_steps(workdir)
   if stored:
     check_resumable(stored, config, len(source), str(workdir))
-  if read_result(workdir, total_steps) is not None:
-    return False
+  if saved and saved[-1] > total_steps:
+    raise UserError(
+      f"{workdir} is at step {saved[-1]} already, beyond the {total_steps} steps that "
+      "are asked for: raise config.steps, or start anew with another --workdir."
+    )
+  # In this order on disk too: a step is whole before its result is written.
+  results = read_results(workdir)
+  if total_steps in saved and total_steps in results:
+    return Outcome(False, total_steps, results)
 
-  parts = _assemble(config, source, stored, mesh, total_steps)
+  parts = _assemble(config, source, stored, mesh, total_steps, bool(saved), workdir)
   batches = _pipeline(config, source, parts.processor)
   _describe(config, parts, total_steps, source, mesh, workdir)
   checkpoints = Checkpoints(
     workdir,
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
-    scores=lambda: {step: score(r) for step, r in read_results(workdir).items()},
+    scores=lambda: {step: score(result) for step, result in results.items()},
   )
   latest = checkpoints.latest()
   writer = MetricWriter(workdir, config, latest or 0)
@@ -114,13 +133,16 @@ def train(
 
     def evaluate_and_keep(state: Any, step: int) -> None:
       result = evaluate(parts.model, state["params"], parts.processor, mesh)
+      checkpoints.wait()
       write_result(workdir, step, result)
+      results[step] = result
       numbers = summarize(result).items()
       writer.write(step, {f"eval/{name}": value for name, value in numbers})
-      line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
-      print(line, file=sys.stderr, flush=True)
+      if jax.process_index() == 0:
+        line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
+        print(line, file=sys.stderr, flush=True)
 
-    if _evaluation_is_owed(latest or 0, config, total_steps, workdir):
+    if _evaluation_is_owed(latest or 0, config, total_steps, results):
       evaluate_and_keep(state, latest or 0)
     run_loop(
       state,
@@ -131,7 +153,7 @@ def train(
       ),
       batches=batches,
       place=lambda batch: put_batch(mesh, _rows(batch, parts.features)),
-      constants=_constants(config, parts.params, mesh),
+      constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
       writer=writer,
@@ -142,7 +164,7 @@ def train(
     batches.close()
     writer.close()
     checkpoints.close()
-  return True
+  return Outcome(True, total_steps, results)
 
 
 class _Parts(NamedTuple):
@@ -163,18 +185,21 @@ def _assemble(
   stored: RunDescription | None,
   mesh: Mesh,
   total_steps: int,
+  trained: bool,
+  workdir: Path,
 ) -> _Parts:
-  model, params, processor = make_start(config, source, stored)
+  """Everything that can be refused first, the parameters (which compile) last."""
+  features = _separation_features(config, len(source))
+  model, processor, first_params = make_start(config, source, stored, trained)
   shapes = model.abstract()
-  return _Parts(
-    model=model,
-    params=cap_logit_scale(params, config.temperature),
-    processor=processor,
-    optimizer=make_optimizer(config.optimizer, config.temperature, shapes, total_steps),
-    frozen=frozen_mask(config.optimizer, config.temperature, shapes),
-    objective=make_objective(model, processor.image, config, mesh),
-    features=_separation_features(config, len(source)),
-  )
+  optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
+  frozen = frozen_mask(config.optimizer, config.temperature, shapes)
+  objective = make_objective(model, processor.image, config, mesh)
+  _pipeline(config, source, processor).close()  # refuses what it cannot read
+  params = cap_logit_scale(first_params(), config.temperature)
+  if _needs_initial(config) and not trained and jax.process_index() == 0:
+    write_pretrained(workdir / _INITIAL, model.config, params)
+  return _Parts(model, params, processor, optimizer, frozen, objective, features)
 
 
 def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipeline:
@@ -189,7 +214,8 @@ def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipel
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.data.threads,
-    prefetch=config.data.prefetch,
+    # Grain keeps no more threads at work than there are batches ahead.
+    prefetch=max(config.data.prefetch, config.data.threads),
   )
 
 
@@ -200,13 +226,23 @@ def _rows(batch: Mapping[str, np.ndarray], features: np.ndarray | None) -> dict:
   return rows
 
 
-def _constants(config: ConfigDict, params: Any, mesh: Mesh) -> dict[str, Any]:
+def _needs_initial(config: ConfigDict) -> bool:
   asked = config.loss.separation_features == "initial_text_tower"
-  if not config.loss.intra_modal_separation or not asked:
+  return bool(config.loss.intra_modal_separation) and asked
+
+
+def _constants(
+  config: ConfigDict, params: Any, mesh: Mesh, workdir: Path
+) -> dict[str, Any]:
+  if not _needs_initial(config):
     return {}
-  return {"initial_params": place_parameters(params, mesh)}
+  # From the run's folder: what it once started from may have moved.
+  _, _, initial = read_pretrained(workdir / _INITIAL)
+  extra = {"fusion": params["fusion"]} if "fusion" in params else {}
+  return {"initial_params": place_parameters({**initial, **extra}, mesh)}
 
 
+_INITIAL = "initial"
 _STEP_KEYS = ("pixels", "tokens", "has_image", "has_text", "pair_ids")
 
 
@@ -233,7 +269,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh, source: Source) -> None:
 
 
 def _evaluation_is_owed(
-  step: int, config: ConfigDict, total_steps: int, workdir: Path
+  step: int, config: ConfigDict, total_steps: int, results: Mapping[int, Any]
 ) -> bool:
   """Whether the start, or a step that a kill cut off from its evaluation, has none."""
   every = config.eval.every
@@ -241,7 +277,7 @@ def _evaluation_is_owed(
     due = step == total_steps or bool(every and step % every == 0)
   else:
     due = config.eval.before
-  return due and read_result(workdir, step) is None
+  return due and step not in results
 
 
 def _separation_features(config: ConfigDict, records: int) -> np.ndarray | None:
@@ -283,6 +319,8 @@ def _describe(
   fields = "\n".join(
     f"  config.{name} = {value!r}" for name, value in changed_fields(config).items()
   )
+  if jax.process_index():
+    return
   print(
     f"config, where it differs from the defaults (all of it: {workdir}/run.json):\n"
     f"{fields}\n{len(source):,} training records, {total_steps} steps of "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import random
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,10 +31,18 @@ from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
 _TOKENIZER_SAMPLE = 200_000  # captions that a vocabulary of our own is learned from
 
 
+class Start(NamedTuple):
+  """What a run starts from; the parameters are made, or read, when they are asked for."""
+
+  model: Model
+  processor: Processor
+  params: Callable[[], Any]  # -> nested dict of float32 arrays
+
+
 def make_start(
-  config: ConfigDict, source: Source, stored: RunDescription | None = None
-) -> tuple[Model, Any, Processor]:
-  """The model, its initial parameters and its processor, as the config says.
+  config: ConfigDict, source: Source, stored: RunDescription | None, trained: bool
+) -> Start:
+  """The model, its processor and its first parameters, as the config says.
 
   Args:
     config: the run's. `init.pretrained` names a Hugging Face folder, a hub id or
@@ -39,9 +50,8 @@ def make_start(
       `model.name` and `model.hf`.
     source: the training records; a vocabulary of our own is learned from its captions.
     stored: the run that goes on; its shape and its processor are kept.
-
-  Returns:
-    Parameters are a nested dict of float32 arrays.
+    trained: a checkpoint of it is there: nothing but its shape is needed, and what it
+      once started from may be gone.
 
   Raises:
     UserError: nothing to start from, or what is there is not a CLIP.
@@ -52,48 +62,64 @@ def make_start(
     text_weight=config.fusion.text_weight,
     learned=config.fusion.learned,
   )
+  if stored and trained:
+    model = _build(config, stored.model, fusion)
+    zeros = functools.partial(
+      jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract()
+    )
+    return Start(model, stored.processor, zeros)
   if config.init.pretrained:
-    shape, params, processor = _pretrained(config.init.pretrained)
-    if config.model.name:
-      raise UserError(
-        f"config.model.name={config.model.name!r} shapes a model from scratch, but "
-        f"config.init.pretrained={config.init.pretrained!r} has a shape of its own: "
-        'leave the name empty, or set --config.init.pretrained="".'
-      )
-    model = _build(config, shape, fusion)
-    if fusion.learned:
-      fresh = {
-        "image_weight": np.float32(fusion.image_weight),
-        "text_weight": np.float32(fusion.text_weight),
-      }
-      params = {**params, "fusion": fresh}
-    else:
-      params = {name: tree for name, tree in params.items() if name != "fusion"}
+    return _pretrained(config, fusion)
+  if stored:
+    model, processor = _build(config, stored.model, fusion), stored.processor
   else:
-    if stored:
-      model, processor = _build(config, stored.model, fusion), stored.processor
-    else:
-      model, processor = _from_scratch(config, fusion, source)
-    params = jax.jit(model.init)(jax.random.key(config.seed))
-  if config.temperature.logit_scale:
-    params = {
-      **params,
-      "logit_scale": np.log(np.float32(config.temperature.logit_scale)),
-    }
-  return model, params, processor
+    model, processor = _from_scratch(config, fusion, source)
+
+  def draw():
+    return _with_scale(config, jax.jit(model.init)(jax.random.key(config.seed)))
+
+  return Start(model, processor, draw)
 
 
 def _build(config: ConfigDict, shape: CLIPConfig, fusion: FusionSettings) -> Model:
   return build(shape, fusion=fusion, dtype=config.model.dtype, remat=config.model.remat)
 
 
-def _pretrained(name: str) -> tuple[CLIPConfig, Any, Processor]:
+def _with_scale(config: ConfigDict, params: Any) -> Any:
+  if not config.temperature.logit_scale:
+    return params
+  return {**params, "logit_scale": np.log(np.float32(config.temperature.logit_scale))}
+
+
+def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
+  name = config.init.pretrained
+  if config.model.name:
+    raise UserError(
+      f"config.model.name={config.model.name!r} shapes a model from scratch, but "
+      f"config.init.pretrained={name!r} has a shape of its own: leave the name empty, "
+      'or set --config.init.pretrained="".'
+    )
   if os.path.isdir(name) and is_run(name):
     model, params, processor, _ = read_run(name)
-    return model.config, params, processor
-  folder = local_folder(name)
-  shape, _, params = read_pretrained(folder)
-  return shape, params, Processor.from_folder(folder)
+    shape, its_fusion = model.config, model.fusion
+  else:
+    folder = local_folder(name)
+    processor = Processor.from_folder(folder)
+    shape, its_fusion, params = read_pretrained(folder)
+  if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
+    print(
+      f"note: {name} fuses by {its_fusion}, this run by {fusion} (config.fusion)",
+      file=sys.stderr,
+    )
+  weights = params.get("fusion") or {
+    "image_weight": np.float32(fusion.image_weight),
+    "text_weight": np.float32(fusion.text_weight),
+  }
+  params = {part: tree for part, tree in params.items() if part != "fusion"}
+  if fusion.learned:
+    params["fusion"] = weights
+  start = functools.partial(_with_scale, config, params)
+  return Start(_build(config, shape, fusion), processor, start)
 
 
 def _from_scratch(

@@ -91,7 +91,7 @@ def refused(config, workdir, monkeypatch):
     ({"loss.direction_weights": (1, 2)}, "3 rows of 3 weights"),
     ({"loss.form": "fast"}, "dense"),
     ({"temperature.mode": "free"}, "learned, fixed"),
-    ({"temperature.logit_scale": 0.01, "temperature.max_logit_scale": 0.001}, "1/tau"),
+    ({"temperature.mode": "learned", "temperature.logit_scale": 150.0}, "1/tau"),
     ({"fusion.of": "cooked"}, "raw"),
     ({"model.dtype": "float16"}, "bfloat16"),
     ({"model.remat": "some"}, "none"),
@@ -102,6 +102,10 @@ def refused(config, workdir, monkeypatch):
     ({"data.augment": "blur"}, "crop_flip"),
     ({"eval.best": "global.othr.R@10"}, "global.other.R@10"),
     ({"mesh.data": 3}, "config.mesh"),
+    ({"mesh.data": 4, "mesh.tensor": 2}, "config.mesh.tensor is 2"),
+    ({"log.every": 0}, "config.log.every is 0: it is at least 1"),
+    ({"optimizer.warmup_steps": -1}, "config.optimizer.warmup_steps is -1"),
+    ({"log.wandb": "project"}, "pip install wandb"),
     ({"init.pretrained": "no/such-model"}, "Hugging Face hub"),
     ({"model.name": "ViT-B32", "data.source": "scenes"}, "ViT-B/32"),
     (
@@ -120,6 +124,22 @@ def test_a_work_folder_that_holds_something_else_is_left_alone(tmp_path, monkeyp
   text = refused(recipe(), tmp_path, monkeypatch)
   assert "holds something else (thesis.tex" in text
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_work_folder_below_a_file_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  text = refused(recipe(), tmp_path / "file" / "run", monkeypatch)
+  assert f"{tmp_path / 'file'} is a file" in text
+  text = refused(recipe(), "gs://bucket/run", monkeypatch)
+  assert "local or mounted" in text
+
+
+def test_what_a_kill_left_of_a_first_file_does_not_block_the_next_start(tmp_path):
+  from gcl_jax.checkpoints.folder import check_free
+
+  (tmp_path / "run.json.part").write_text("{")
+  (tmp_path / "processor").mkdir()
+  check_free(tmp_path)
 
 
 def write_folder(folder, pictures=40):
@@ -148,9 +168,8 @@ def test_data_folders(tmp_path, monkeypatch):
 
 def test_the_two_ways_to_give_a_shape_are_not_mixed(tmp_path, monkeypatch):
   config = recipe(**{"init.pretrained": str(tmp_path), "model.name": "ViT-B/32"})
-  (tmp_path / "config.json").write_text("{}")
   text = refused(config, tmp_path / "run", monkeypatch)
-  assert text  # names the folder that is no model, or the two fields
+  assert "config.model.name='ViT-B/32' shapes a model from scratch" in text
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, monkeypatch):

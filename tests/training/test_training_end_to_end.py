@@ -142,6 +142,14 @@ def test_a_resume_under_another_config_is_refused(finished):
   assert "Traceback" not in output
 
 
+def test_fewer_steps_than_were_done_are_refused(finished):
+  workdir, _ = finished
+  shorter = [a for a in TINY if "steps=12" not in a]
+  code, output = run(*shorter, "--config.steps=6", f"--workdir={workdir}")
+  assert code == 2, output
+  assert "is at step 12 already" in output
+
+
 def test_export_and_evaluate_from_the_command_line(finished, tmp_path):
   workdir, _ = finished
   code, output = run(

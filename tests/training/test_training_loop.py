@@ -1,6 +1,7 @@
 """The loop with everything around it replaced: order of its acts, and when it stops."""
 
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +68,7 @@ def loop(
     writer=types.SimpleNamespace(
       write=lambda number, values: acts.append(f"write {number}")
     ),
-    workdir=None,
+    workdir=Path("nowhere"),
     records=records,
   )
   return result, acts
@@ -121,4 +122,5 @@ def test_few_unreadable_records_are_reported_after_the_epoch(capsys):
   loop(25, bad_per_step=1, records=40, **{"data.max_bad_fraction": 0.9})
   said = capsys.readouterr().err
   assert "epoch 1 done: 10 unreadable records so far" in said
-  assert "epoch 2 done" in said
+  assert "epoch 2 done: 20" in said
+  assert "\ndone: 25 unreadable" in said

@@ -1,0 +1,129 @@
+"""What a config may say: every wrong value is refused by name, before anything else."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from gcl_jax.errors import UserError
+from gcl_jax.losses.denominators import DENOMINATORS
+
+SEPARATION_FEATURES = ("none", "initial_text_tower")
+
+
+def check_loss(config: ConfigDict) -> None:
+  """Refuses what `config.loss`, `.temperature` or `.fusion` cannot mean.
+
+  Raises:
+    UserError: naming the field, what it holds, and what it may hold.
+  """
+  loss = config.loss
+  choices = {
+    "loss.name": (loss.name, ("gcl", "contrastive")),
+    "loss.denominator": (loss.denominator, DENOMINATORS),
+    "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
+    "fusion.of": (config.fusion.of, ("raw", "unit")),
+    "loss.form": (loss.form, ("auto", "dense")),
+    "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+  }
+  for field, (value, allowed) in choices.items():
+    if value not in allowed:
+      raise UserError(
+        f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
+      )
+  direction_weights(config)
+  scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
+  capped = config.temperature.mode == "learned" and top
+  if scale < 0 or (capped and scale > top):
+    raise UserError(
+      f"config.temperature.logit_scale is {scale}: it is the scale itself (1/tau, such "
+      f"as 100), at most config.temperature.max_logit_scale ({top}); 0 keeps the model's."
+    )
+  features = loss.separation_features
+  if loss.intra_modal_separation and not (
+    features in SEPARATION_FEATURES or features.endswith(".npy")
+  ):
+    raise UserError(
+      f"config.loss.separation_features is {features!r}: it is none, initial_text_tower "
+      "or a .npy file with one row per record."
+    )
+
+
+def direction_weights(config: ConfigDict) -> np.ndarray | None:
+  """`config.loss.direction_weights` as a (3, 3) float32 array; None is all ones.
+
+  Raises:
+    UserError: it is neither empty nor 3 rows of 3 weights of at least 0.
+  """
+  weights = config.loss.direction_weights
+  if not len(weights):
+    return None
+  try:
+    array = np.asarray(weights, np.float32)
+  except ValueError:
+    array = np.zeros(0)
+  if array.shape == (9,):
+    array = array.reshape(3, 3)
+  off_diagonal = array[~np.eye(3, dtype=bool)] if array.shape == (3, 3) else array
+  if array.shape != (3, 3) or (off_diagonal < 0).any() or not off_diagonal.any():
+    raise UserError(
+      f"config.loss.direction_weights is {weights}: 3 rows of 3 weights (query image, "
+      "text, fused by candidate image, text, fused), none negative and not all zero."
+    )
+  return array
+
+
+def describe_loss(config: ConfigDict) -> str:
+  """One line for tables and cards: which loss, which temperature, which features."""
+  loss = config.loss
+  name = "CL" if loss.name == "contrastive" else f"GCL ({loss.denominator})"
+  if loss.intra_modal_separation:
+    features = {"none": "no features", "initial_text_tower": "the first text tower"}
+    of = features.get(loss.separation_features) or Path(loss.separation_features).name
+    name += f" + {loss.intra_modal_separation} x image separation (features: {of})"
+  if direction_weights(config) is not None and loss.name == "gcl":
+    name += f", direction weights {np.asarray(loss.direction_weights).tolist()}"
+  return f"Loss: {name}; logit scale {config.temperature.mode}."
+
+
+def check_numbers(config: ConfigDict) -> None:
+  """Refuses counts and rates that cannot be, and parts that are not there.
+
+  Raises:
+    UserError: naming the field.
+  """
+  at_least = {
+    "log.every": 1,
+    "steps": 0,
+    "epochs": 0,
+    "eval.every": 0,
+    "eval.batch_size": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 0,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "data.threads": 0,
+    "data.prefetch": 0,
+  }
+  for field, lowest in at_least.items():
+    value = config
+    for name in field.split("."):
+      value = value[name]
+    if not value >= lowest:
+      raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
+  if config.mesh.tensor != 1:
+    raise UserError(
+      f"config.mesh.tensor is {config.mesh.tensor}: towers are not split over tensor "
+      "devices yet; leave it at 1."
+    )
+  if config.log.wandb and importlib.util.find_spec("wandb") is None:
+    raise UserError(
+      f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "
+      "pip install wandb, or leave the field empty."
+    )
