@@ -42,7 +42,7 @@ def main() -> None:
   """Flags in, one evaluation, a table and a JSON file."""
   output = Path(_FLAGS.output) if _FLAGS.output else None
   check_output(output)
-  data_config, embedder = _load(_FLAGS.checkpoint, _FLAGS.step)
+  data_config, embedder, notes = _load(_FLAGS.checkpoint, _FLAGS.step)
 
   from gcl_jax.data import open_source
   from gcl_jax.evaluation import build_items, evaluate_nine, render
@@ -54,7 +54,8 @@ def main() -> None:
   result = evaluate_nine(items, embedder.embed, progress=_progress)
   result["checkpoint"] = _FLAGS.checkpoint
   result["split"] = _FLAGS.split
-  print(render({Path(_FLAGS.checkpoint).name: result}, center=_FLAGS.center))
+  rows = {Path(_FLAGS.checkpoint).name: result}
+  print(render(rows, center=_FLAGS.center, notes=notes))
   if output:
     part = output.with_name(output.name + ".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
@@ -95,15 +96,17 @@ def _load(checkpoint: str, step: str):
   from gcl_jax.checkpoints import is_run, read_description
   from gcl_jax.evaluation import choose_step
   from gcl_jax.retrieval import load
+  from gcl_jax.training.check import describe_loss
   from gcl_jax.training.config import default_config
 
-  data = default_config().data
+  data, notes = default_config().data, []
   if is_run(checkpoint):
     stored = read_description(checkpoint).config
     for name in data:
       if name in stored.data:
         with data.ignore_type():
           data[name] = stored.data[name]
+    notes = [describe_loss(stored)]
     chosen = choose_step(checkpoint, step, stored.eval.best)
     embedder = load(checkpoint, step=chosen, batch_size=_FLAGS.batch_size)
   else:
@@ -112,7 +115,7 @@ def _load(checkpoint: str, step: str):
       raise UserError(
         "name the pairs to evaluate on: --data=<folder with captions.jsonl>"
       )
-  return data, embedder
+  return data, embedder, notes
 
 
 def change_data(data: ConfigDict, path: str, options: Sequence[str]) -> None:
