@@ -32,7 +32,9 @@ def main() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
   except ImportError:
-    raise UserError("this script needs scikit-learn: pip install scikit-learn") from None
+    raise UserError(
+      "this script needs scikit-learn: pip install scikit-learn"
+    ) from None
   from gcl_jax.data import open_source
 
   data = _FLAGS.config.data

@@ -66,7 +66,9 @@ def _check_recipe(argv: Sequence[str]) -> None:
       path = (value if equals else following).split(":")[0]
       if not Path(path).is_file():
         near = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.py"))[:9])
-        there = f" There are {near}." if near else " Start in the root of the repository."
+        there = (
+          f" There are {near}." if near else " Start in the root of the repository."
+        )
         raise UserError(f"--config={path}: there is no such file.{there}")
 
 
