@@ -74,3 +74,12 @@ def tiny_run(tmp_path_factory) -> Path:
   )
   assert done.returncode == 0, done.stderr
   return workdir
+
+
+def pytest_sessionfinish(session, exitstatus):
+  """Where $CI is set, a test that was skipped is a failure: parity must have run."""
+  reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+  skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
+  if os.environ.get("CI") and skipped and exitstatus == 0:
+    reporter.write_line(f"{skipped} tests were skipped", red=True)
+    session.exitstatus = 1
