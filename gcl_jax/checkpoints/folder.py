@@ -139,12 +139,6 @@ def write_result(folder: str | os.PathLike, step: int, result: Any) -> None:
   write_json(Path(folder) / "results" / f"{step:09d}.json", result)
 
 
-def read_result(folder: str | os.PathLike, step: int) -> Any | None:
-  """The evaluation of a step, or None."""
-  path = Path(folder) / "results" / f"{step:09d}.json"
-  return json.loads(path.read_text()) if path.is_file() else None
-
-
 def read_results(folder: str | os.PathLike) -> dict[int, Any]:
   """Every evaluation of the run, by step."""
   files = sorted((Path(folder) / "results").glob("*.json"))

@@ -13,8 +13,6 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from gcl_jax.errors import UserError
-
 
 class MetricWriter:
   """Writes scalars of a step to every place that the config asks for.
@@ -28,9 +26,6 @@ class MetricWriter:
     workdir: the run's folder.
     config: the run's.
     start_step: the step that was restored, 0 for a new run.
-
-    Raises:
-      UserError: Weights & Biases is asked for and not installed.
     """
     self._lines = self._board = self._wandb = None
     if jax.process_index():
@@ -84,13 +79,8 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
 
 
 def _start_wandb(config: ConfigDict, folder: Path):
-  try:
-    import wandb
-  except ImportError:
-    raise UserError(
-      f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "
-      "pip install wandb, or leave the field empty."
-    ) from None
+  import wandb  # `check_numbers` has seen that it is installed
+
   return wandb.init(
     project=config.log.wandb,
     name=config.name,
