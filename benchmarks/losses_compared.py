@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ _FLAGS = flags.FLAGS
 _SHOWN = (
   "global.other.R@1",
   "global.other.R@10",
-  "global.same.R@1",
+  "global.same.R@10",
   "local.other.R@1",
-  "local.same.R@1",
+  "local.other.R@10",
+  "local.same.R@10",
 )
 SEPARATION = "CL+separation"
 # What a name on the command line sets in the config, beside no separation.
@@ -137,12 +139,23 @@ def _run(name: str, seed: int, with_start: bool) -> list[dict]:
         | numbers
         | {"gap_image_text": result[variant]["gap"]["delta"]["i-t"]}
         | {"own_share": result[variant]["own_share"]["mean"]}
+        | {"se": {name: _standard_error(result[variant], name) for name in _SHOWN}}
       )
   return rows
 
 
+def _standard_error(view: Mapping, name: str) -> float:
+  """Of one run's recall, by bootstrap over its queries; in points."""
+  pool, group, recall = name.split(".")
+  return view[pool][group]["se"][recall]
+
+
 def table(rows: list[dict]) -> str:
-  """Mean (lowest to highest) over seeds, a line per loss and variant, in Markdown."""
+  """Mean (lowest to highest) over seeds, a line per loss and variant, in Markdown.
+
+  The last line is two standard errors of a single run, the largest of all: smaller
+  differences say nothing, and seeds differ by more.
+  """
   names = [*_SHOWN, "own_share", "gap_image_text"]
   lines = [
     "| loss | " + " | ".join(names) + " | seeds |",
@@ -163,7 +176,9 @@ def table(rows: list[dict]) -> str:
       cells.append(f"{values.mean():.{digits}f}" + (spread if len(values) > 1 else ""))
     centred = ", centred" if variant == "centered" else ""
     lines.append(f"| {loss}{centred} | " + " | ".join(cells) + f" | {len(unique)} |")
-  return "\n".join(lines)
+  largest = [2 * max(row["se"][name] for row in rows) for name in _SHOWN]
+  errors = " | ".join(f"{error:.1f}" for error in largest)
+  return "\n".join([*lines, f"| two standard errors of a run | {errors} | | | |"])
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def get_config(variant: str = "self_masked"):
     )
   config = default_config()
   config.name = "demo" if variant == "self_masked" else f"demo_{variant}"
-  config.steps = 150
-  config.batch_size = 256
+  config.steps = 300
+  config.batch_size = 128
 
   config.model.hf.projection_dim = 128
   config.model.hf.vision_config = {
@@ -35,17 +35,18 @@ def get_config(variant: str = "self_masked"):
     "intermediate_size": 512,
     "image_size": 64,
     "patch_size": 16,
-    "hidden_act": "gelu",
+    "hidden_act": "quick_gelu",
   }
   config.model.hf.text_config = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 512,
-    "max_position_embeddings": 32,
-    "hidden_act": "gelu",
+    "max_position_embeddings": 24,
+    "hidden_act": "quick_gelu",
   }
   config.tokenizer.vocab_size = 640
+  config.init.vision_positions = 10.0
 
   if variant == "contrastive":
     config.loss.name = "contrastive"
@@ -60,7 +61,7 @@ def get_config(variant: str = "self_masked"):
   config.optimizer.clip_norm = 1.0
 
   config.data.source = "scenes"
-  config.data.text_buckets = (24, 32)
+  config.data.text_buckets = (20, 24)
   config.eval.batch_size = 256
-  config.checkpoint.every = 50
+  config.checkpoint.every = 100
   return config

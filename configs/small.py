@@ -14,8 +14,8 @@ def get_config():
   """From scratch on pairs: twelve epochs of Flickr8k in about five minutes."""
   config = default_config()
   config.name = "small"
-  config.steps = 260
-  config.batch_size = 256
+  config.steps = 520
+  config.batch_size = 128
 
   config.model.hf.projection_dim = 128
   config.model.hf.vision_config = {
@@ -25,7 +25,7 @@ def get_config():
     "intermediate_size": 512,
     "image_size": 96,
     "patch_size": 16,
-    "hidden_act": "gelu",
+    "hidden_act": "quick_gelu",
   }
   config.model.hf.text_config = {
     "hidden_size": 128,
@@ -33,7 +33,7 @@ def get_config():
     "num_attention_heads": 4,
     "intermediate_size": 512,
     "max_position_embeddings": 32,
-    "hidden_act": "gelu",
+    "hidden_act": "quick_gelu",
   }
   config.model.hf.logit_scale_init_value = 2.6592
   config.tokenizer.vocab_size = 4096
@@ -45,5 +45,5 @@ def get_config():
   config.data.augment = "crop_flip"
   config.data.text_buckets = (16, 24, 32)
   config.eval.batch_size = 256
-  config.checkpoint.every = 100
+  config.checkpoint.every = 200
   return config

@@ -18,9 +18,9 @@ from gcl_jax.data.scenes_drawing import draw_scene
 from gcl_jax.data.scenes_grammar import FRAMES, Scene, anagrams, tell
 from gcl_jax.errors import UserError
 
-SIZES = {"train": 20_000, "eval": 1_000}
+SIZES = {"train": 10_000, "eval": 1_000}
 VIEWS = {"train": 16, "eval": 4}
-WORDINGS = {"train": 12, "eval": 4}
+WORDINGS = {"train": 8, "eval": 4}
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Scenes:
 
   Args:
     split: "train" or "eval".
-    size: number of items; default 20,000 for train, 1,000 for eval.
+    size: number of items; default 10,000 for train, 1,000 for eval.
     image_size: width and height of the pictures in pixels.
     seed: which scenes, views and wordings are drawn, and their order.
 

@@ -18,10 +18,8 @@ from gcl_jax.data.scenes_grammar import Scene, Thing
 # Channels keep 24 from either end, tint and noise take less: no byte overflows.
 COLOUR_RGB = {
   "red": (208, 32, 38),
-  "orange": (228, 118, 30),
   "yellow": (228, 206, 40),
   "green": (36, 150, 52),
-  "cyan": (48, 206, 214),
   "blue": (34, 58, 205),
   "pink": (228, 84, 190),
 }

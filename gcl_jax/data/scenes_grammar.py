@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "pink")
+COLOURS = ("red", "yellow", "green", "blue", "pink")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 SIZES = ("small", "large")
 PLACES = ("top", "bottom", "left", "right")  # the half of the picture with the shapes
@@ -94,37 +94,31 @@ _SHAPE = {
   "star": ("star",),
 }
 _DOTS = {
-  1: ("one dot", "a single dot"),
-  2: ("two dots", "a pair of dots"),
+  1: ("one dot", "a dot"),
+  2: ("two dots", "twin dots"),
   3: ("three dots",),
 }
 _PLACE = {
-  "top": ("at the top", "in the upper half"),
-  "bottom": ("at the bottom", "in the lower half"),
-  "left": ("on the left", "in the left half"),
-  "right": ("on the right", "in the right half"),
+  "top": ("at the top", "along the top"),
+  "bottom": ("at the bottom", "along the bottom"),
+  "left": ("on the left", "along the left"),
+  "right": ("on the right", "along the right"),
 }
 # Keyed by (side by side, the thing told about is the first one).
 _RELATION = {
-  (True, True): ("left of", "to the left of"),
-  (True, False): ("right of", "to the right of"),
+  (True, True): ("left of",),
+  (True, False): ("right of",),
   (False, True): ("above", "over"),
   (False, False): ("below", "under"),
 }
-_SIDE = {
-  (True, True): ("to the left",),
-  (True, False): ("to the right",),
-  (False, True): ("higher up", "further up"),
-  (False, False): ("lower down", "further down"),
-}
 _ORDER = {
-  (True, True): ("from left to right",),
-  (True, False): ("from right to left",),
-  (False, True): ("from top to bottom", "downwards"),
-  (False, False): ("from bottom to top", "upwards"),
+  (True, True): ("rightwards",),
+  (True, False): ("leftwards",),
+  (False, True): ("downwards",),
+  (False, False): ("upwards",),
 }
-# {relation}, {side_a} and {order} are those of {a}. Without the mark, {a} is the first
-# thing. Three frames in twelve tell the second thing first: were it half of them, the
+# {relation} and {order} are those of {a}. Without the mark, {a} is the first
+# thing. Two frames in eight tell the second thing first: were it half of them, the
 # order of the words would say nothing by itself, and a few minutes' training could not
 # begin to learn who stands where.
 _SWAPPED = "~"
@@ -133,20 +127,16 @@ _FRAMES = (
   "{a} {relation} {b} {place}, with {dots}",
   "{dots}, and {place} {a} {relation} {b}",
   "{dots}; {a} {relation} {b}, {place}",
-  "{a} with {b} {side_b}, {place}, and {dots}",
-  "{place}, {a} {side_a} and {b} {side_b}, and {dots}",
   "{order} {place}: {a}, then {b}; {dots}",
   "{dots}, and {order} {place}, {a} and {b}",
-  "~{relation} {b} {place} is {a}, with {dots}",
   "~{place}, {a} {relation} {b}, and {dots}",
-  "~{dots}; {a} with {b} {side_b}, {place}",
   "~{order} {place}: {a}, then {b}; {dots}",
 )
 FRAMES = len(_FRAMES)  # no two frames give the same text
 
 
 def tell(scene: Scene, frame: int, rng: Random) -> str:
-  """One sentence that says all of `scene`, in 14 to 24 words.
+  """One sentence that says all of `scene`, in 14 to 16 words.
 
   `frame` (0 ... FRAMES - 1) fixes how the sentence is built; `rng` draws the synonyms.
   Different frames never give the same text.
@@ -154,7 +144,7 @@ def tell(scene: Scene, frame: int, rng: Random) -> str:
   sentence = _FRAMES[frame].removeprefix(_SWAPPED)
   swap = sentence != _FRAMES[frame]
   things = (scene.first, scene.second)
-  of_a, of_b = (scene.side_by_side, not swap), (scene.side_by_side, swap)
+  of_a = (scene.side_by_side, not swap)
 
   def draw(synonyms):
     return synonyms[int(rng.random() * len(synonyms))]
@@ -168,7 +158,5 @@ def tell(scene: Scene, frame: int, rng: Random) -> str:
     dots=draw(_DOTS[scene.dots]),
     place=draw(_PLACE[scene.place]),
     relation=draw(_RELATION[of_a]),
-    side_a=draw(_SIDE[of_a]),
-    side_b=draw(_SIDE[of_b]),
     order=draw(_ORDER[of_a]),
   )

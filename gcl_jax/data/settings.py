@@ -36,7 +36,7 @@ class DataSettings:
   image_root: str = ""
   tfds_name: str = ""
   tfds_data_dir: str = ""
-  scenes_train_size: int = 20_000
+  scenes_train_size: int = 10_000
   scenes_image_size: int = 64
   scenes_seed: int = 0
   eval_fraction: float = 0.1

@@ -96,6 +96,8 @@ def check_numbers(config: ConfigDict) -> None:
     UserError: naming the field.
   """
   at_least = {
+    "init.vision_positions": 0,
+    "tokenizer.vocab_size": 514,  # all bytes, start and end
     "log.every": 1,
     "steps": 0,
     "epochs": 0,

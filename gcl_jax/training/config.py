@@ -20,6 +20,9 @@ def default_config() -> ConfigDict:
 
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
+  # From scratch: a factor on the vision tower's first position embeddings. transformers
+  # draws them at 0.02, far below the patches: a short run learns no places from that.
+  config.init.vision_positions = 1.0
 
   config.model = ConfigDict()  # used from scratch only, save dtype and remat
   config.model.name = ""  # a named shape, such as TinyCLIP-ViT-40M-32-Text-19M
@@ -82,7 +85,7 @@ def default_config() -> ConfigDict:
   config.data.image_root = ""  # images live in this folder below the path
   config.data.tfds_name = ""
   config.data.tfds_data_dir = ""
-  config.data.scenes_train_size = 20_000
+  config.data.scenes_train_size = 10_000
   config.data.scenes_image_size = 64
   config.data.scenes_seed = 0
   config.data.train_split = "train"

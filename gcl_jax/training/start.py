@@ -76,7 +76,10 @@ def make_start(
     model, processor = _from_scratch(config, fusion, source)
 
   def draw():
-    return _with_scale(config, jax.jit(model.init)(jax.random.key(config.seed)))
+    params = jax.jit(model.init)(jax.random.key(config.seed))
+    positions = params["vision"]["position_embedding"]
+    positions["embedding"] *= config.init.vision_positions
+    return _with_scale(config, params)
 
   return Start(model, processor, draw)
 

@@ -57,7 +57,9 @@ def test_a_run_that_starts_from_another():
 
 
 def test_rows_hold_the_steps_that_were_run(monkeypatch, tmp_path):
-  view = {"gap": {"delta": {"i-t": 0.5}}, "own_share": {"mean": 40.0}}
+  means = {"other": {"se": {"R@1": 0.5, "R@10": 1.5}}, "same": {"se": {"R@10": 1.0}}}
+  view = {"local": means, "global": means}
+  view |= {"gap": {"delta": {"i-t": 0.5}}, "own_share": {"mean": 40.0}}
   monkeypatch.setattr(
     "gcl_jax.train.train_and_evaluate",
     lambda config, workdir: (True, {"after": {"plain": view, "centered": view}}),
@@ -74,3 +76,6 @@ def test_rows_hold_the_steps_that_were_run(monkeypatch, tmp_path):
     ("plain", 77),
     ("centered", 77),
   ]
+  text = losses_compared.table(rows)
+  assert "| CL, centred | 50.0 |" in text
+  assert "| two standard errors of a run | 1.0 | 3.0 | 2.0 | 1.0 | 3.0 | 2.0 |" in text

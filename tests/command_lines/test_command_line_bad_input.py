@@ -84,7 +84,7 @@ def refused(config, workdir, monkeypatch):
   [
     ({"batch_size": 12}, "config.batch_size is 12, which 8 devices cannot share"),
     ({"batch_size": 1024}, "600 records"),
-    ({"optimizer.warmup_steps": 150}, "the run has only 150 steps"),
+    ({"optimizer.warmup_steps": 300}, "the run has only 300 steps"),
     ({"steps": 0, "epochs": 0.0}, "config.steps and config.epochs are both 0"),
     ({"loss.name": "sigmoid"}, "gcl, contrastive"),
     ({"loss.denominator": "all"}, "self_masked"),
@@ -105,6 +105,11 @@ def refused(config, workdir, monkeypatch):
     ({"mesh.data": 4, "mesh.tensor": 2}, "config.mesh.tensor is 2"),
     ({"log.every": 0}, "config.log.every is 0: it is at least 1"),
     ({"optimizer.warmup_steps": -1}, "config.optimizer.warmup_steps is -1"),
+    (
+      {"tokenizer.vocab_size": 100},
+      "config.tokenizer.vocab_size is 100: it is at least 514",
+    ),
+    ({"init.vision_positions": -1.0}, "config.init.vision_positions is -1"),
     ({"log.wandb": "project"}, "pip install wandb"),
     ({"init.pretrained": "no/such-model"}, "Hugging Face hub"),
     ({"model.name": "ViT-B32", "data.source": "scenes"}, "ViT-B/32"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -32,49 +36,30 @@ def held_out() -> Scenes:
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 SHAPE_WORDS = {"disc": "circle", "box": "square", "hoop": "ring"}
 SHAPE_WORDS |= {shape: shape for shape in grammar.SHAPES}
-DOT_WORDS = {"one dot": 1, "a single dot": 1, "two dots": 2, "a pair of dots": 2}
+DOT_WORDS = {"one dot": 1, "a dot": 1, "two dots": 2, "twin dots": 2}
 DOT_WORDS |= {"three dots": 3}
 THING = re.compile(rf"\ba ({'|'.join(SIZE_WORDS)}) (\w+) ({'|'.join(SHAPE_WORDS)})\b")
 PLACE_WORDS = {
   "at the top": "top",
-  "in the upper half": "top",
+  "along the top": "top",
   "at the bottom": "bottom",
-  "in the lower half": "bottom",
+  "along the bottom": "bottom",
   "on the left": "left",
-  "in the left half": "left",
+  "along the left": "left",
   "on the right": "right",
-  "in the right half": "right",
+  "along the right": "right",
 }
 # Where the words put what they are said of: +1 is left or above.
 RELATION = {
   "left of": 1,
-  "to the left of": 1,
   "right of": -1,
-  "to the right of": -1,
   "above": 1,
   "over": 1,
   "below": -1,
   "under": -1,
 }
-SIDE = {
-  "to the left": 1,
-  "to the right": -1,
-  "higher up": 1,
-  "further up": 1,
-  "lower down": -1,
-  "further down": -1,
-}
-ORDER = {
-  "from left to right": 1,
-  "from right to left": -1,
-  "from top to bottom": 1,
-  "downwards": 1,
-  "from bottom to top": -1,
-  "upwards": -1,
-}
-VERTICAL = re.compile(
-  r"\b(above|over|below|under|up|down|downwards|upwards|top to|bottom to)\b"
-)
+ORDER = {"rightwards": 1, "leftwards": -1, "downwards": 1, "upwards": -1}
+VERTICAL = re.compile(r"\b(above|over|below|under|downwards|upwards)\b")
 
 
 def parse(text: str) -> Scene:
@@ -91,18 +76,8 @@ def parse(text: str) -> Scene:
   assert bool(VERTICAL.search(rest)) == (place in ("left", "right")), text
   rest = re.sub(r"[,;:]|\b(and|with|is|then)\b", " ", rest)
   before, between, after = (" ".join(part.split()) for part in rest.split("#"))
-  if before in ORDER:
-    assert not between and not after, text
-    sign = ORDER[before]
-  elif before:
-    assert not between and not after, text
-    sign = -RELATION[before]
-  elif after:
-    assert not between or SIDE[between] == -SIDE[after], text
-    sign = -SIDE[after]
-  else:
-    # "{a} to the left ... {b}" would be a side; a relation ends in "of" or is one word.
-    sign = RELATION[between]
+  assert not after and bool(before) != bool(between), text
+  sign = ORDER[before] if before else RELATION[between]
   return Scene(*things[::sign], place, dots)
 
 
@@ -114,17 +89,13 @@ def _take(words: dict, text: str):
 
 def test_parser_by_hand():
   red, blue = Thing("large", "red", "cross"), Thing("small", "blue", "circle")
-  told = parse(
-    "right of a big red cross at the top is a little blue disc, with one dot"
-  )
+  told = parse("at the top, a big red cross left of a little blue disc, and a dot")
   assert told == Scene(red, blue, "top", 1)
   told = parse(
-    "upwards on the left: a little blue disc, then a large red cross; two dots"
+    "upwards along the left: a little blue disc, then a large red cross; twin dots"
   )
   assert told == Scene(red, blue, "left", 2)
-  told = parse(
-    "a small blue disc with a big red cross lower down, on the right, and three dots"
-  )
+  told = parse("three dots; a small blue disc over a big red cross, on the right")
   assert told == Scene(blue, red, "right", 3)
 
 
@@ -145,7 +116,7 @@ def test_every_frame_and_synonym_parses_back(held_out):
         text = grammar.tell(scene, frame, Random(draw))
         used.update(re.findall(r"\w+", text))
         assert parse(text) == scene, text
-  words = {*SIZE_WORDS, *SHAPE_WORDS, "pair", "single", "under", "upwards"}
+  words = {*SIZE_WORDS, *SHAPE_WORDS, "twin", "along", "under", "upwards"}
   assert words <= set(used)
 
 
@@ -154,17 +125,17 @@ def test_wordings_of_an_item_differ(train, held_out):
     for i in range(0, len(source), step):
       texts = list(source[i]["texts"])
       assert len(set(texts)) == len(texts)
-      assert all(14 <= len(text.split()) <= 24 for text in texts)
+      assert all(14 <= len(text.split()) <= 16 for text in texts)
 
 
 # --- Splits.
 
 
 def test_no_scene_twice(train, held_out):
-  assert len(train) == 20_000 and len(held_out) == 1_000
+  assert len(train) == 10_000 and len(held_out) == 1_000
   scenes = [train.scene(i) for i in range(len(train))]
   scenes += [held_out.scene(i) for i in range(len(held_out))]
-  assert len(set(scenes)) == 21_000
+  assert len(set(scenes)) == 11_000
 
 
 def test_held_out_combinations(train, held_out):
@@ -177,8 +148,8 @@ def test_held_out_combinations(train, held_out):
   def combinations(source):
     return {combination(source.scene(i)) for i in range(len(source))}
 
-  trained = combinations(train) | combinations(Scenes("train", seed=7, size=20_000))
-  evaluated = combinations(held_out) | combinations(Scenes("eval", size=6048))
+  trained = combinations(train) | combinations(Scenes("train", seed=7, size=11_520))
+  evaluated = combinations(held_out) | combinations(Scenes("eval", size=2880))
   assert not trained & evaluated
   assert all(grammar.is_held_out(*map(tuple, pairs)) for pairs in evaluated)
   for part in (0, 1):  # but each pair of colours and each of shapes was seen
@@ -219,8 +190,8 @@ def test_record_and_lazy_sequences(train):
   assert record["group"] == record["id"] != train[6]["id"]
   assert train[-1]["id"] == f"train-{len(train) - 1:05d}"
   images, texts = record["images"], record["texts"]
-  assert (len(images), len(texts)) == (16, 12)
-  assert texts[-1] == texts[11] and texts[:2] == [texts[0], texts[1]]
+  assert (len(images), len(texts)) == (16, 8)
+  assert texts[-1] == texts[7] and texts[:2] == [texts[0], texts[1]]
   with pytest.raises(IndexError):
     images[16]
   with pytest.raises(IndexError):
@@ -239,13 +210,13 @@ def test_user_errors():
 
 
 def test_short_token_sequences():
-  """A byte-level BPE of 512 ids tells every wording in 30 tokens, ends included."""
+  """A byte-level BPE of 512 ids tells every wording in 20 tokens, ends included."""
   from tokenizers import ByteLevelBPETokenizer
 
   bpe = ByteLevelBPETokenizer()
   bpe.train_from_iterator(corpus(0, 3_000), vocab_size=512, show_progress=False)
   longest = max(len(bpe.encode(text).ids) for text in corpus(1, 2_000))
-  assert longest + 2 <= 30
+  assert longest + 2 <= 20
 
 
 # --- Pictures.
@@ -254,7 +225,7 @@ PALETTE = [*(COLOUR_RGB[colour] for colour in grammar.COLOURS), DOT_RGB]
 
 
 def painted(image) -> np.ndarray:
-  """(H, W): for each pixel the index of the palette's colour that it has, or 8."""
+  """(H, W): for each pixel the index of the palette's colour that it has, or one more."""
   pixels = np.asarray(image).astype(np.int16)
   found = np.full(pixels.shape[:2], len(PALETTE), np.int8)
   for index, colour in enumerate(PALETTE):
@@ -305,7 +276,7 @@ def test_views_differ_and_tell_the_truth(held_out):
         assert left_half if scene.place == "left" else min(left, left_2) >= 32
       wider = right - left > right_2 - left_2
       assert wider == (scene.first.size == "large"), (i, boxes)
-      assert dots_in(colours == 7) == scene.dots, i
+      assert dots_in(colours == PALETTE.index(DOT_RGB)) == scene.dots, i
 
 
 def dots_in(mask: np.ndarray) -> int:
@@ -324,16 +295,15 @@ def dots_in(mask: np.ndarray) -> int:
   return sum(size >= 4 for size in sizes)
 
 
-# --- Baselines on the 1,000 evaluation items, held to absolute limits on R@1.
+# --- Baselines on the 1,000 evaluation items, local R@1.
 #
-# Measured: histogram of the grammar's own palette, image to image, 9.8 %; plain colour
-# histogram 3.8 %; colour words to image 2.1 %; bag of words, text to text, 4.8 %.
-# configs/demo.py with GCL, 150 steps, seed 0, local pools: 8.2 % (mean of the same-
-# modality cells), 5.5 % (other modality). So these limits do NOT yet show that a
-# baseline stays under half of a trained model, as the design asks: after 150 steps the
-# palette histogram is ahead. Lower them to half the trained figure once it is higher.
-HISTOGRAM_LIMIT = 0.12
-WORDS_LIMIT = 0.07
+# Measured: histogram of the grammar's own palette, image to image, 5.9 %; plain colour
+# histogram 2.0 %; colour words to image 1.0 %; bag of words, text to text, 4.1 %.
+# configs/demo.py must reach twice these limits: test_the_demo_beats_them (slow)
+# trains it. A limit above half of what it reaches makes these scenes a toy.
+HISTOGRAM_LIMIT = 0.07
+WORDS_LIMIT = 0.05
+COLOUR_WORDS_LIMIT = 0.02
 
 
 def recall_at_1(queries: np.ndarray, documents: np.ndarray) -> float:
@@ -354,7 +324,7 @@ def test_colour_histograms_stay_low(held_out):
     return np.bincount(16 * r + 4 * g + b, minlength=64)
 
   def of_palette(image):  # as if it knew the grammar's colours
-    return np.bincount(painted(image).ravel(), minlength=9)[:8]
+    return np.bincount(painted(image).ravel(), minlength=7)[:6]
 
   for histogram in (plain, of_palette):
     query, document = (np.array([histogram(v) for v in view], float) for view in views)
@@ -367,14 +337,14 @@ def test_colour_histograms_stay_low(held_out):
     ],
     float,
   )
-  assert recall_at_1(words, document[:, :7] ** 0.5) < HISTOGRAM_LIMIT / 2
+  assert recall_at_1(words, document[:, :5] ** 0.5) < COLOUR_WORDS_LIMIT
 
 
 def test_a_bag_of_words_stays_low(held_out):
   """Text to text, between wordings; also with synonyms known to be the same."""
   same = SHAPE_WORDS | SIZE_WORDS
-  content = {*same.values(), *grammar.COLOURS, "two", "pair", "three"}
-  content |= {"top", "bottom", "left", "right", "upper", "lower"}
+  content = {*same.values(), *grammar.COLOURS, "two", "twin", "three"}
+  content |= {"top", "bottom", "left", "right"}
 
   def bags(k, known):
     texts = [held_out[i]["texts"][k] for i in range(1000)]
@@ -395,3 +365,17 @@ def test_a_bag_of_words_stays_low(held_out):
     rarity = np.log(1000 / (document > 0).sum(0).clip(1))
     score = max(recall_at_1(query, document), recall_at_1(query * rarity, document))
     assert score < WORDS_LIMIT, known
+
+
+@pytest.mark.slow
+def test_the_demo_beats_them(tmp_path):
+  """Three minutes on two cores: the recipe as it comes, at twice a baseline's limit."""
+  command = [sys.executable, "-m", "gcl_jax.train", "--config=configs/demo.py"]
+  root = Path(__file__).resolve().parents[2]
+  subprocess.run([*command, f"--workdir={tmp_path}"], cwd=root, check=True)
+  results = sorted((tmp_path / "results").glob("*.json"), key=lambda path: path.stem)
+  cells = json.loads(results[-1].read_text())["plain"]["local"]["cells"]
+  recall = {name: cell["R@1"] / 100 for name, cell in cells.items()}
+  assert recall["i->i"] > 2 * HISTOGRAM_LIMIT
+  assert recall["t->t"] > 2 * WORDS_LIMIT
+  assert recall["t->i"] > 2 * COLOUR_WORDS_LIMIT
