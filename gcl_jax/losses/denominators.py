@@ -92,26 +92,21 @@ def members(denominator: str, modalities: int = 3) -> np.ndarray:
 
 
 def direction_losses(
-  lse: Array,
-  banks: Sequence[Array],
-  there: Sequence[Array],
-  scale: Array,
-  denominator: str,
+  lse: Array, same: Array, there: Sequence[Array], denominator: str
 ) -> tuple[Array, Array]:
   """Sum of ℓ_ab over the rows, and the number of them, per direction.
 
   Args:
     lse: (M, M, n) from an engine.
-    banks, there: M unit embeddings (n, D) and their presence (n,).
-    scale: float32 scalar.
+    same: (M, M, n), s e_a · e_b of each pair.
+    there: presence of the M modalities, (n,) each.
     denominator: one of `DENOMINATORS`.
 
   Returns:
     (M, M) float32 each, diagonals zero. Over several devices: sum both over them.
   """
-  modalities = len(banks)
-  rows, exists = jnp.stack(banks), jnp.stack(there)
-  same = scale * jnp.sum(rows[:, None] * rows[None, :], axis=-1)
+  exists = jnp.stack(there)
+  modalities = len(exists)
   companions = jnp.where(exists, same, -jnp.inf)
   terms = jnp.concatenate([lse, companions], axis=1)  # (a, 2 M, n)
   terms = jnp.moveaxis(terms, 1, 0)[:, :, None, :]  # (2 M, a, 1, n), for every b
@@ -127,13 +122,12 @@ def weighted_mean(sums: Array, counts: Array, weights: Array) -> tuple[Array, Ar
   """Σ w ℓ / Σ w over everything that counts, and the mean per direction.
 
   Args:
-    sums, counts: (M, M), over the global batch.
-    weights: (M, M); the diagonal is ignored.
+    sums, counts, weights: of one shape, over the global batch; sums are 0 where
+      nothing counts.
 
   Returns:
-    The loss, a scalar, 0 where nothing counts; and (M, M) means without gradient.
+    The loss, a scalar, 0 where nothing counts; and the means, without gradient.
   """
-  weights = jnp.where(np.eye(len(sums), dtype=bool), 0.0, weights)
   weight = jnp.sum(weights * counts)
   some = weight != 0
   loss = jnp.where(some, jnp.sum(weights * sums) / jnp.where(some, weight, 1.0), 0.0)

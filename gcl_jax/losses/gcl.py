@@ -13,15 +13,18 @@ from jax.typing import ArrayLike
 
 from gcl_jax.fusion import Mix
 from gcl_jax.losses import denominators, dense
+from gcl_jax.losses.engine import make_plan, streamed
 from gcl_jax.losses.pairs import (
   Pairs,
   Summing,
   check_form,
+  check_mesh,
   make_pairs,
   matmul_precision,
   over_batch,
   scalar_scale,
 )
+from gcl_jax.losses.tiles import Tile, is_mixed
 
 
 def gcl_loss(
@@ -90,6 +93,7 @@ def gcl_loss(
   weights = jnp.asarray(weights, jnp.float32)
   if weights.shape != (3, 3):
     raise ValueError(f"direction_weights has shape {weights.shape}, not (3, 3)")
+  weights = jax.lax.stop_gradient(jnp.where(jnp.eye(3, dtype=bool), 0.0, weights))
   pairs = make_pairs(
     image, text, fused, pair_ids=pair_ids, has_image=has_image, has_text=has_text
   )
@@ -101,6 +105,8 @@ def gcl_loss(
     precision=matmul_precision(image, text, fused),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
+    form=form,
+    block_size=block_size,
   )
 
 
@@ -138,12 +144,22 @@ def contrastive_loss(
     precision=matmul_precision(image, text),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
+    form=form,
+    block_size=block_size,
   )
   return loss, jnp.pad(directions, ((0, 1), (0, 1)))
 
 
 @functools.partial(
-  jax.jit, static_argnames=("denominator", "precision", "mesh", "batch_axes")
+  jax.jit,
+  static_argnames=(
+    "denominator",
+    "precision",
+    "mesh",
+    "batch_axes",
+    "form",
+    "block_size",
+  ),
 )
 def _mean_loss(
   pairs: Pairs,
@@ -154,21 +170,52 @@ def _mean_loss(
   precision: jax.lax.Precision,
   mesh: Mesh | None,
   batch_axes: tuple[str, ...],
+  form: str,
+  block_size: int | None,
 ) -> tuple[Array, Array]:
+  check_mesh(mesh, batch_axes, pairs.ids.shape[0])
+  modalities = len(pairs.there)
+  read = denominators.blocks(denominator, modalities)
+  if form != "dense":
+    tile = Tile(modalities, is_mixed(pairs), tuple(sorted(read)), precision)
+    formula = functools.partial(_sums, tile.blocks, denominator)
+    plan = make_plan(
+      tile,
+      formula,
+      pairs,
+      form=form,
+      block_size=block_size,
+      mesh=mesh,
+      batch_axes=batch_axes,
+    )
+    return streamed(plan, pairs, scale, weights)
+
   def local(rows: Pairs, shared: Any, summing: Summing) -> tuple[Array, Array]:
     scale, weights = shared
+    rows = rows.written_out()
     lse = dense.negatives_lse(
-      rows,
-      summing.gather(rows),
-      scale,
-      blocks=denominators.blocks(denominator, len(rows.banks)),
-      precision=precision,
+      rows, summing.gather(rows), scale, blocks=read, precision=precision
     )
     sums, counts = denominators.direction_losses(
-      lse, rows.banks, rows.there, scale, denominator
+      lse, scale * rows.same_pair, rows.there, denominator
     )
     return denominators.weighted_mean(
       summing.total(sums), summing.total(counts), weights
     )
 
   return over_batch(local, pairs, (scale, weights), mesh=mesh, batch_axes=batch_axes)
+
+
+def _sums(
+  blocks: tuple[tuple[int, int], ...],
+  denominator: str,
+  lse: Array,
+  rows: Pairs,
+  scale: Array,
+) -> tuple[Array, Array]:
+  """`direction_losses` of the blocks' log-sum-exps, (P, n)."""
+  modalities = len(rows.there)
+  table = jnp.full((modalities, modalities, lse.shape[1]), -jnp.inf)
+  table = table.at[tuple(zip(*blocks, strict=True))].set(lse)
+  same = scale * rows.same_pair
+  return denominators.direction_losses(table, same, rows.there, denominator)

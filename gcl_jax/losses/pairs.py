@@ -5,6 +5,7 @@ Everything here is O(N · D). The engines (`dense.py`) do what is quadratic in N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike
 
 from gcl_jax.fusion import Mix
 
-FORMS = ("auto", "dense")
+FORMS = ("auto", "dense", "streaming", "ring")
 
 
 class Pairs(NamedTuple):
@@ -38,12 +39,39 @@ class Pairs(NamedTuple):
   @property
   def banks(self) -> tuple[Array, ...]:
     """The unit embeddings (n, D) of every modality: image, text and fused if any."""
-    if self.fused is None:
-      return self.image, self.text
+    rows = self.written_out()
+    return (rows.image, rows.text, rows.fused)[: len(self.there)]
+
+  def written_out(self) -> Pairs:
+    """The same with a fused bank in the place of a Mix."""
     if not isinstance(self.fused, Mix):
-      return self.image, self.text, self.fused
+      return self
     alpha, beta = (weight[:, None] for weight in self.fused)
-    return self.image, self.text, alpha * self.image + beta * self.text
+    return self._replace(fused=alpha * self.image + beta * self.text)
+
+  @property
+  def same_pair(self) -> Array:
+    """e_a · e_b of each pair, (M, M, n); of a Mix without its bank."""
+    if isinstance(self.fused, Mix):
+      alpha, beta = self.fused
+      ii, it, tt = (
+        _dot(x, y)
+        for x, y in (
+          (self.image, self.image),
+          (self.image, self.text),
+          (self.text, self.text),
+        )
+      )
+      image_fused, text_fused = alpha * ii + beta * it, alpha * it + beta * tt
+      fused = alpha * image_fused + beta * text_fused
+      table = (
+        (ii, it, image_fused),
+        (it, tt, text_fused),
+        (image_fused, text_fused, fused),
+      )
+    else:
+      table = [[_dot(x, y) for y in self.banks] for x in self.banks]
+    return jnp.stack([jnp.stack(row) for row in table])
 
   @property
   def there(self) -> tuple[Array, ...]:
@@ -157,17 +185,7 @@ def over_batch(
   if mesh is None:
     return local(pairs, shared, Summing(lambda rows: rows, lambda value: value))
   axes = tuple(batch_axes)
-  missing = [axis for axis in axes if axis not in mesh.shape]
-  if missing or not axes:
-    raise ValueError(f"batch_axes={axes}: the mesh has axes {tuple(mesh.shape)}")
-  devices = 1
-  for axis in axes:
-    devices *= mesh.shape[axis]
-  if pairs.ids.shape[0] % devices:
-    raise ValueError(
-      f"{pairs.ids.shape[0]} pairs are not divisible over {devices} devices "
-      f"(mesh axes {axes}): pad with rows that have neither image nor text"
-    )
+  check_mesh(mesh, axes, pairs.ids.shape[0])
   summing = Summing(
     gather=lambda rows: jax.tree.map(
       lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), rows
@@ -180,6 +198,26 @@ def over_batch(
     in_specs=(PartitionSpec(axes), PartitionSpec()),
     out_specs=PartitionSpec(),
   )(pairs, shared)
+
+
+def batch_parts(mesh: Mesh, axes: Sequence[str]) -> int:
+  """Over how many devices these axes split the batch."""
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def check_mesh(mesh: Mesh | None, axes: Sequence[str], rows: int) -> None:
+  """Raises ValueError for axes the mesh lacks, or rows that they do not divide."""
+  if mesh is None:
+    return
+  missing = [axis for axis in axes if axis not in mesh.shape]
+  if missing or not axes:
+    raise ValueError(f"batch_axes={axes}: the mesh has axes {tuple(mesh.shape)}")
+  devices = batch_parts(mesh, axes)
+  if rows % devices:
+    raise ValueError(
+      f"{rows} pairs are not divisible over {devices} devices "
+      f"(mesh axes {axes}): pad with rows that have neither image nor text"
+    )
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...]) -> None:
@@ -208,6 +246,10 @@ def _ids(pair_ids: Array | None, rows: tuple[int]) -> Array:
 def _zero_absent(rows: Array, there: Array) -> Array:
   there = there.reshape(there.shape + (1,) * (rows.ndim - 1))
   return jnp.where(there, rows.astype(jnp.float32), 0.0)
+
+
+def _dot(x: Array, y: Array) -> Array:
+  return jnp.sum(x * y, axis=-1)
 
 
 def _unit(rows: Array) -> Array:

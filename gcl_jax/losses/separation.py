@@ -15,15 +15,18 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from gcl_jax.losses import denominators, dense
+from gcl_jax.losses.engine import make_plan, streamed
 from gcl_jax.losses.pairs import (
   Pairs,
   Summing,
   check_form,
+  check_mesh,
   make_pairs,
   matmul_precision,
   over_batch,
   scalar_scale,
 )
+from gcl_jax.losses.tiles import Tile
 
 
 def intra_modal_separation_loss(
@@ -77,10 +80,15 @@ def intra_modal_separation_loss(
     precision=matmul_precision(image, text),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
+    form=form,
+    block_size=block_size,
   )
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "mesh", "batch_axes"))
+@functools.partial(
+  jax.jit,
+  static_argnames=("precision", "mesh", "batch_axes", "form", "block_size"),
+)
 def _mean_loss(
   pairs: Pairs,
   scale: Array,
@@ -88,7 +96,22 @@ def _mean_loss(
   precision: jax.lax.Precision,
   mesh: Mesh | None,
   batch_axes: tuple[str, ...],
+  form: str,
+  block_size: int | None,
 ) -> Array:
+  check_mesh(mesh, batch_axes, pairs.ids.shape[0])
+  if form != "dense":
+    plan = make_plan(
+      Tile(1, False, ((0, 0),), precision),
+      _sums,
+      pairs,
+      form=form,
+      block_size=block_size,
+      mesh=mesh,
+      batch_axes=batch_axes,
+    )
+    return streamed(plan, pairs, scale, jnp.ones(()))[0]
+
   def local(rows: Pairs, scale: Array, summing: Summing) -> Array:
     columns = summing.gather(rows)
     logits = scale * dense.similarities(rows.image, columns.image, precision)
@@ -99,10 +122,15 @@ def _mean_loss(
       logits *= 1.0 - cosines
     mask = dense.different(rows.ids, columns.ids) & columns.has_image
     lse = dense.masked_logsumexp(logits, mask)
-    counted = rows.has_image & rows.has_text
-    positive = scale * jnp.sum(rows.image * rows.text, axis=-1)
-    loss = jnp.where(counted, denominators.excess(lse[None], positive), 0.0)
-    count = summing.total(jnp.sum(counted, dtype=jnp.float32))
-    return summing.total(jnp.sum(loss)) / jnp.maximum(count, 1.0)
+    total, count = _sums(lse[None], rows, scale)
+    return summing.total(total) / jnp.maximum(summing.total(count), 1.0)
 
   return over_batch(local, pairs, scale, mesh=mesh, batch_axes=batch_axes)
+
+
+def _sums(lse: Array, rows: Pairs, scale: Array) -> tuple[Array, Array]:
+  """Sum of the terms of rows that have both modalities, and how many; lse (1, n)."""
+  counted = rows.has_image & rows.has_text
+  positive = scale * jnp.sum(rows.image * rows.text, axis=-1)
+  terms = jnp.where(counted, denominators.excess(lse, positive), 0.0)
+  return jnp.sum(terms), jnp.sum(counted, dtype=jnp.float32)

@@ -1,0 +1,263 @@
+"""A whole loss as one differentiable function that never holds its logits.
+
+The custom derivative is around engine and formula together and outside `shard_map`: the
+cotangent of every log-sum-exp is known in the forward, up to one factor, and travels with
+it, so that the backward communicates one scalar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from gcl_jax.losses import denominators, streaming
+from gcl_jax.losses.pairs import Pairs, batch_parts
+from gcl_jax.losses.streaming import Anchors
+from gcl_jax.losses.tiles import Block, Tile
+
+# lse (P, n), rows, scale -> sums and counts over the rows, of one shape.
+Formula = Callable[[Array, Pairs, Array], tuple[Array, Array]]
+
+BLOCK = 512
+# Above this many bytes of gathered embeddings a device, `auto` sends them round instead.
+_RING_ABOVE = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is computed, and where. Holds no array.
+
+  Attributes:
+    tile: which similarities.
+    formula: what becomes of their log-sum-exps.
+    size: rows and columns of a tile.
+    mesh, axes: the devices that share the batch; None and () for one.
+    ring: embeddings travel round the devices instead of being gathered.
+  """
+
+  tile: Tile
+  formula: Formula
+  size: int
+  mesh: Mesh | None = None
+  axes: tuple[str, ...] = ()
+  ring: bool = False
+
+  @property
+  def alone(self) -> bool:
+    """One device holds the whole batch."""
+    return self.mesh is None or batch_parts(self.mesh, self.axes) == 1
+
+
+def make_plan(
+  tile: Tile,
+  formula: Formula,
+  pairs: Pairs,
+  *,
+  form: str,
+  block_size: int | None,
+  mesh: Mesh | None,
+  batch_axes: tuple[str, ...],
+) -> Plan:
+  """The plan of a form: "streaming", "ring", or "auto", which chooses between them."""
+  parts = 1 if mesh is None else batch_parts(mesh, batch_axes)
+  rows = pairs.ids.shape[0]
+  banks = sum(leaf.nbytes for leaf in jax.tree.leaves(_vectors(pairs)))
+  ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
+  # As few blocks as the limit allows, and no more padding than that needs.
+  blocks = -(-rows // parts // (block_size or BLOCK)) or 1
+  size = block_size or max(-(-rows // parts // blocks), 1)
+  return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def streamed(
+  plan: Plan, pairs: Pairs, scale: Array, weights: Array
+) -> tuple[Array, Array]:
+  """`denominators.weighted_mean` of the formula's sums over the global batch.
+
+  Differentiable in the embeddings (and the Mix) of `pairs` and in the scale.
+
+  On several devices the forward all-gathers embeddings, presence, ids, log-sum-exps and
+  their cotangents (ring: sends the first three round) and all-reduces sums and counts
+  once; the backward all-reduces one scalar (ring: sends all of them round once more).
+  """
+  return _forward(plan, pairs, scale, weights)[0]
+
+
+def _forward(plan: Plan, pairs: Pairs, scale: Array, weights: Array):
+  totals, own, everybody = _on_devices(
+    plan, _forward_here, (pairs,), (scale, weights), _forward_specs(plan)
+  )
+  sums, counts = totals
+  result = denominators.weighted_mean(sums, counts, weights)
+  weight = jnp.sum(weights * counts)
+  factor = jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
+  return result, (pairs, scale, weights, own, everybody, factor)
+
+
+def _backward(plan: Plan, saved, cotangents):
+  pairs, scale, weights, own, everybody, factor = saved
+  specs = (PartitionSpec(plan.axes), PartitionSpec())
+  gradients, scale_gradient = _on_devices(
+    plan, _backward_here, (pairs, own), (everybody, scale, weights), specs
+  )
+  # The directions have no gradient.
+  factor = factor * cotangents[0]
+  gradients = jax.tree.map(lambda x: factor * x, gradients)
+  nothing = jax.tree.map(lambda _: None, pairs)
+  return (
+    nothing._replace(**dict(zip(_NAMES, gradients, strict=True))),
+    factor * scale_gradient,
+    jnp.zeros_like(weights),
+  )
+
+
+streamed.defvjp(_forward, _backward)
+
+_NAMES = ("image", "text", "fused")
+
+
+def _vectors(pairs: Pairs) -> tuple[Any, ...]:
+  return pairs.image, pairs.text, pairs.fused
+
+
+def _block(plan: Plan, pairs: Pairs) -> Block:
+  modalities = plan.tile.modalities
+  return Block(
+    _vectors(pairs)[:modalities],
+    pairs.text_features,
+    jnp.stack(pairs.there[:modalities]),
+    pairs.ids,
+  )
+
+
+def _forward_here(plan: Plan, pairs: Pairs, scale: Array, weights: Array):
+  """One device's part: totals, own `Anchors`, and (columns, their Anchors) or None."""
+  block, tile, size = _block(plan, pairs), plan.tile, plan.size
+  columns = None
+  if plan.alone:
+    running = streaming.triangle_forward(tile, block, scale, size)
+  else:
+    running = streaming.nothing_yet(tile, len(pairs.ids))
+    if plan.ring:
+      running = _around(
+        plan,
+        lambda running, columns: streaming.rectangle_forward(
+          tile, block, columns, scale, running, size
+        ),
+        running,
+        block,
+      )
+    else:
+      columns = _gathered_block(plan, block)
+      running = streaming.rectangle_forward(tile, block, columns, scale, running, size)
+  lse = streaming.finished(running)
+  sums, pull, counts = jax.vjp(
+    lambda lse: plan.formula(lse, pairs, scale), lse, has_aux=True
+  )
+  own = Anchors(lse, pull(weights)[0])
+  if plan.alone:
+    return (sums, counts), own, None
+  totals = jax.lax.psum(jnp.stack([sums, counts]), plan.axes)
+  everybody = None if plan.ring else (columns, _gathered(plan, own, axis=1))
+  return (totals[0], totals[1]), own, everybody
+
+
+def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, weights):
+  """One device's gradients of its rows, and the scale's, summed over the devices."""
+  block, tile, size = _block(plan, pairs), plan.tile, plan.size
+  if plan.alone:
+    walked = streaming.triangle_backward(tile, block, scale, own, size)
+  elif plan.ring:
+
+    def further(gradient, visitors):
+      more = streaming.rectangle_backward(
+        tile, block, visitors[0], scale, own, visitors[1], size
+      )
+      return jax.tree.map(jnp.add, gradient, more)
+
+    zeros = jax.tree.map(jnp.zeros_like, block.vectors)
+    walked = _around(plan, further, zeros, (block, own))
+  else:
+    columns, others = everybody
+    walked = streaming.rectangle_backward(
+      tile, block, columns, scale, own, others, size
+    )
+
+  def direct(vectors):
+    rows = pairs._replace(**dict(zip(_NAMES, vectors, strict=True)))
+    return plan.formula(own.lse, rows, scale)[0]
+
+  gradients = list(jax.vjp(direct, _vectors(pairs))[1](weights)[0])
+  for place, more in enumerate(walked):
+    gradients[place] = jax.tree.map(jnp.add, gradients[place], more)
+  # Every logit is s times a product of two embeddings (a Mix being numbers beside them):
+  # by Euler's theorem s dL/ds = ½ Σ e · dL/de.
+  banks = [
+    (x, g) for x, g in zip(_vectors(pairs), gradients, strict=True) if _is_bank(x)
+  ]
+  of_scale = sum(jnp.vdot(x, gradient) for x, gradient in banks) / (2 * scale)
+  if not plan.alone:
+    of_scale = jax.lax.psum(of_scale, plan.axes)
+  return tuple(gradients), of_scale
+
+
+def _is_bank(vectors) -> bool:
+  return isinstance(vectors, jax.Array)
+
+
+def _gathered(plan: Plan, tree, axis: int = 0):
+  return jax.tree.map(
+    lambda leaf: jax.lax.all_gather(leaf, plan.axes, axis=axis, tiled=True), tree
+  )
+
+
+def _gathered_block(plan: Plan, block: Block) -> Block:
+  rows = _gathered(plan, block._replace(there=block.there.T))
+  return rows._replace(there=rows.there.T)
+
+
+def _around(plan: Plan, visit, carry, guest):
+  """Calls `visit(carry, guest)` with the guests of all devices, each sent on in turn."""
+  parts = batch_parts(plan.mesh, plan.axes)
+  steps = [(i, (i + 1) % parts) for i in range(parts)]
+
+  def step(state, _):
+    carry, guest = state
+    # Sent before it is used, so that the way and the work overlap.
+    following = jax.tree.map(
+      lambda leaf: jax.lax.ppermute(leaf, plan.axes, steps), guest
+    )
+    return (visit(carry, guest), following), None
+
+  (carry, guest), _ = jax.lax.scan(step, (carry, guest), length=parts - 1)
+  return visit(carry, guest)
+
+
+def _forward_specs(plan: Plan):
+  everywhere = PartitionSpec()
+  return everywhere, PartitionSpec(None, plan.axes), everywhere
+
+
+def _on_devices(plan: Plan, function, split, shared, out_specs):
+  """`function(plan, *split, *shared)` on every device's rows of `split`.
+
+  Raises:
+    ValueError: an axis is not of the mesh, or N is not divisible over the axes.
+  """
+  call = functools.partial(function, plan)
+  if plan.mesh is None:
+    return call(*split, *shared)
+  rows, anchors = PartitionSpec(plan.axes), PartitionSpec(None, plan.axes)
+  in_specs = (rows, anchors)[: len(split)] + (PartitionSpec(),) * len(shared)
+  # Nothing is differentiated inside, so replication need not be tracked.
+  return jax.shard_map(
+    call, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )(*split, *shared)
