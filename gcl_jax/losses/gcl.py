@@ -71,11 +71,20 @@ def gcl_loss(
       do. Absent entries may hold anything, NaN included. Rows with neither are padding:
       they change nothing and their gradient is zero.
     mesh: the arrays are the global batch, sharded over `batch_axes`; negatives are
-      global. All-gathers the embeddings (backward: reduce-scatter) and all-reduces 18
-      floats; a device holds the logits of its own rows only, (3 N / devices) · 3 N.
+      global. Collectives: see `form`.
     batch_axes: the mesh axes that split the batch, in the order of the sharding.
-    form: "dense" or "auto" (at present the same).
-    block_size: rows of a block in forms that walk in blocks; the dense form does not.
+    form: how what is quadratic in N is computed; value and gradients are the same.
+      "streaming" never holds more than a tile of logits: O(block² + n D + N D) of
+        memory. All-gathers embeddings, ids, presence, and the log-sum-exps with their
+        cotangents, all in the forward, and all-reduces 18 floats; the backward
+        all-reduces one.
+      "ring" sends the embeddings round the devices instead, in the backward once more:
+        O(n D) of memory. On one device it is "streaming".
+      "dense" holds all logits of its rows, (3 N / devices) · 3 N: the oracle.
+        All-gathers the embeddings (backward: reduce-scatter).
+      "auto" is "streaming", or "ring" where the gathered embeddings would take more
+        than 2 GiB of a device.
+    block_size: rows and columns of a tile; None chooses at most 512.
 
   Returns:
     loss: float32 scalar, 0 where nothing counts. With equal weights `self_masked` does

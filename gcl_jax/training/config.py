@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
   config.loss.direction_weights = ()  # 3x3 over (image, text, fused); () is all ones
   config.loss.intra_modal_separation = 0.0  # weight of AlignCLIP's separation term
   config.loss.separation_features = "none"  # none, initial_text_tower, or a .npy file
-  config.loss.form = "auto"
+  config.loss.form = "auto"  # streaming or ring; dense holds all logits at once
 
   config.temperature = ConfigDict()
   config.temperature.mode = "learned"  # learned, or fixed

@@ -64,3 +64,9 @@ def messy(width=4, seed=1):
 
 
 WEIGHTS = np.array([[9, 1, 0.5], [2, np.inf, 0], [0.25, 3, -4]], np.float32)
+
+# The engines. Blocks of three rows: the batches above make whole and broken ones.
+FORMS = {
+  "dense": {"form": "dense"},
+  "streaming": {"form": "streaming", "block_size": 3},
+}

@@ -85,21 +85,23 @@ def test_repeated_pairs_are_not_negatives():
   assert loss == pytest.approx(np.log((2 * np.e + 2) / np.e), rel=1e-6)
 
 
+@pytest.mark.parametrize("form", loss_cases.FORMS)
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_no_negatives_at_all(denominator):
+def test_no_negatives_at_all(denominator, form):
   """Every pair shares an id: six times the loss of one pair, and finite gradients."""
-  banks = [jnp.asarray(np.repeat(x, 3, axis=0)) for x in (X, Y, XY)]
-  ids = jnp.zeros(3, jnp.int32)
+  banks = [jnp.asarray(np.repeat(x, 5, axis=0)) for x in (X, Y, XY)]
+  options = {"denominator": denominator, "pair_ids": jnp.zeros(5, jnp.int32)}
 
   def run(*banks):
-    return gcl_loss(*banks, logit_scale=5.0, denominator=denominator, pair_ids=ids)[0]
+    return gcl_loss(*banks, logit_scale=5.0, **options, **loss_cases.FORMS[form])[0]
 
   loss, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*banks)
   assert loss == pytest.approx(_loss_of_one(denominator), rel=1e-6, abs=1e-7)
   assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("form", loss_cases.FORMS)
+def test_padding_changes_nothing(form):
   case = loss_cases.clean(5)
   rows = [case.image, case.text, case.alpha, case.beta]
   ids = np.arange(5)
@@ -112,6 +114,7 @@ def test_padding_changes_nothing():
       pair_ids=ids,
       has_image=there,
       has_text=there,
+      **loss_cases.FORMS[form],
     )
 
   run = jax.jit(jax.value_and_grad(run, has_aux=True))
@@ -237,8 +240,7 @@ def test_no_nan_is_made_even_to_be_thrown_away():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"form": "streaming"}, "choose from auto, dense"),
-    ({"form": "ring"}, "choose from auto, dense"),
+    ({"form": "tiled"}, "choose from auto, dense, streaming, ring"),
     ({"block_size": 0}, "block_size=0"),
     ({"denominator": "selfmasked"}, "self_masked, literal"),
     ({"direction_weights": np.ones(3)}, r"\(3, 3\)"),

@@ -115,7 +115,7 @@ def _reference(denominator, kind, name, scale, weighted):
 
 
 @functools.cache
-def _compiled(denominator, kind, name, weighted):
+def _compiled(denominator, kind, name, weighted, form):
   """The same of our loss: arrays -> ((loss, directions), gradients)."""
   options = getattr(loss_cases, name)().options
 
@@ -127,6 +127,7 @@ def _compiled(denominator, kind, name, weighted):
       logit_scale=rest[-1],
       denominator=denominator,
       direction_weights=loss_cases.WEIGHTS if weighted else None,
+      **loss_cases.FORMS[form],
       **options,
     )
 
@@ -134,14 +135,15 @@ def _compiled(denominator, kind, name, weighted):
   return jax.jit(jax.value_and_grad(run, argnums=tuple(arguments), has_aux=True))
 
 
-def _ours(denominator, kind, name, scale, weighted):
+def _ours(form, denominator, kind, name, scale, weighted):
   case = getattr(loss_cases, name)()
   third = (case.fused,) if kind == "bank" else (case.alpha, case.beta)
-  run = _compiled(denominator, kind, name, weighted)
+  run = _compiled(denominator, kind, name, weighted, form)
   (loss, directions), gradients = run(case.image, case.text, *third, jnp.float32(scale))
   return loss, directions, gradients
 
 
+@pytest.mark.parametrize("form", loss_cases.FORMS)
 @pytest.mark.parametrize(
   ("denominator", "kind"),
   [
@@ -153,10 +155,10 @@ def _ours(denominator, kind, name, scale, weighted):
     ("target_only", "mix"),
   ],
 )
-def test_messy_batch_against_the_oracle(denominator, kind):
+def test_messy_batch_against_the_oracle(denominator, kind, form):
   """Missing modalities, NaN, padding, two id columns, uneven weights; and gradients."""
   arguments = (denominator, kind, "messy", 20, True)
-  loss, directions, gradients = _ours(*arguments)
+  loss, directions, gradients = _ours(form, *arguments)
   want_loss, want_directions, want_gradients = _reference(*arguments)
   assert error(loss, want_loss) < TOLERANCE
   assert error(directions, want_directions) < TOLERANCE
@@ -165,9 +167,10 @@ def test_messy_batch_against_the_oracle(denominator, kind):
     assert not np.any(np.asarray(got)[want == 0]), "an absent entry has a gradient"
 
 
+@pytest.mark.parametrize("form", loss_cases.FORMS)
 @pytest.mark.parametrize("scale", [1, 20, 100])
-def test_scales_against_the_oracle(scale):
-  loss, _, gradients = _ours("self_masked", "bank", "clean", scale, False)
+def test_scales_against_the_oracle(scale, form):
+  loss, _, gradients = _ours(form, "self_masked", "bank", "clean", scale, False)
   want_loss, _, want = _reference("self_masked", "bank", "clean", scale, False)
   assert error(loss, want_loss) < TOLERANCE
   for one, other in zip(gradients, want, strict=True):

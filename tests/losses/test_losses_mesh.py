@@ -1,6 +1,7 @@
 """The losses over eight devices: the global batch's value and gradients."""
 
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def _sixteen():
   return loss_cases.Case(*arrays, options)
 
 
-def _run(case, kind, mesh, denominator, place=lambda x: x):
+def _run(case, kind, mesh, denominator, form, place=lambda x: x):
   third = (case.fused,) if kind == "bank" else (case.alpha, case.beta)
   options = jax.tree.map(lambda x: place(jnp.asarray(x)), case.options)
 
@@ -49,6 +50,8 @@ def _run(case, kind, mesh, denominator, place=lambda x: x):
       direction_weights=loss_cases.WEIGHTS,
       mesh=mesh,
       batch_axes=("data", "fsdp"),
+      form=form,
+      block_size=None if form == "dense" else 2,
       **options,
     )
 
@@ -57,6 +60,74 @@ def _run(case, kind, mesh, denominator, place=lambda x: x):
   run = jax.value_and_grad(run, argnums=tuple(range(len(arrays))), has_aux=True)
   (loss, directions), gradients = jax.jit(run)(*arrays)
   return [loss, directions, *gradients]
+
+
+def _collectives(form, kind):
+  """StableHLO's collectives of value and gradient on 8 devices, and those of the value."""
+  n, width, mesh = 48, 5, _mesh(8, 1, 1)
+  split = NamedSharding(mesh, P("data"))
+
+  def array(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+  third = (array((n, width)),) if kind == "bank" else (array((n,)), array((n,)))
+
+  def run(image, text, scale, has_text, ids, *third):
+    return gcl_loss(
+      image,
+      text,
+      third[0] if kind == "bank" else Mix(*third),
+      logit_scale=scale,
+      has_text=has_text,
+      pair_ids=ids,
+      mesh=mesh,
+      form=form,
+    )[0]
+
+  arrays = (
+    array((n, width)),
+    array((n, width)),
+    jax.ShapeDtypeStruct((), "float32"),
+    array((n,), "bool"),
+    array((n, 2), "int32"),
+    *third,
+  )
+  differentiable = (0, 1, 2, *range(5, len(arrays)))
+  both = jax.jit(jax.value_and_grad(run, argnums=differentiable)).lower(*arrays)
+  return _count(both.as_text()), _count(jax.jit(run).lower(*arrays).as_text()), both
+
+
+def _count(text):
+  found = re.findall(
+    r"stablehlo\.(all_gather|all_reduce|reduce_scatter|collective_permute)", text
+  )
+  return dict(Counter(found))
+
+
+@pytest.mark.parametrize("kind", ["bank", "mix"])
+def test_gathered_once_and_reduced_once(kind):
+  """All gathers in the forward; a sum of 18 floats there, of one in the backward."""
+  both, value, lowered = _collectives("streaming", kind)
+  # image, text, fused (or alpha and beta), ids, presence; then lse and its cotangent,
+  # which the value alone does not need.
+  banks = 3 if kind == "bank" else 4
+  assert value == {"all_gather": banks + 2, "all_reduce": 1}
+  assert both == {"all_gather": banks + 4, "all_reduce": 2}
+  reduced = re.findall(
+    r"all_reduce.*?-> tensor<([^>]*)>", lowered.as_text(), flags=re.DOTALL
+  )
+  assert sorted(reduced) == ["2x3x3xf32", "f32"]
+  compiled = lowered.compile().as_text()
+  assert not re.search(r"reduce-scatter|all-to-all|collective-permute", compiled)
+
+
+@pytest.mark.parametrize("kind", ["bank", "mix"])
+def test_a_ring_gathers_nothing(kind):
+  both, value, _ = _collectives("ring", kind)
+  guests = (3 if kind == "bank" else 4) + 2
+  assert value == {"collective_permute": guests, "all_reduce": 1}
+  # Sent round once more, with the log-sum-exps and their cotangents.
+  assert both == {"collective_permute": 2 * guests + 2, "all_reduce": 2}
 
 
 def _reference(case, kind, denominator):
@@ -76,16 +147,23 @@ def _reference(case, kind, denominator):
 
 
 @pytest.mark.parametrize(
-  ("denominator", "kind", "shape", "sharded"),
+  ("denominator", "kind", "shape", "sharded", "form"),
   [
-    ("self_masked", "bank", (8, 1, 1), True),
-    ("literal", "bank", (2, 2, 2), True),
-    ("clean", "mix", (2, 4, 1), True),
-    ("cross_only", "mix", (4, 2, 1), False),
-    ("target_only", "bank", (4, 2, 1), True),
+    ("self_masked", "bank", (8, 1, 1), True, "dense"),
+    ("self_masked", "bank", (4, 1, 1), True, "streaming"),
+    ("self_masked", "mix", (8, 1, 1), True, "streaming"),
+    ("self_masked", "mix", (2, 1, 1), True, "ring"),
+    ("literal", "bank", (2, 2, 2), True, "ring"),
+    ("literal", "mix", (1, 1, 8), True, "streaming"),
+    ("clean", "mix", (2, 4, 1), True, "streaming"),
+    ("clean", "bank", (2, 4, 1), True, "dense"),
+    ("cross_only", "mix", (4, 2, 1), False, "ring"),
+    ("cross_only", "bank", (1, 2, 1), False, "streaming"),
+    ("target_only", "bank", (4, 2, 1), True, "streaming"),
+    ("target_only", "mix", (8, 1, 1), True, "ring"),
   ],
 )
-def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded):
+def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded, form):
   case = _sixteen()
   mesh = _mesh(*shape)
   sharding = NamedSharding(mesh, P(("data", "fsdp")))
@@ -94,6 +172,7 @@ def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded
     kind,
     mesh,
     denominator,
+    form,
     (lambda x: jax.device_put(x, sharding)) if sharded else (lambda x: x),
   )
   for got, want in zip(many, _reference(case, kind, denominator), strict=True):
@@ -108,14 +187,16 @@ def test_without_an_outer_jit():
   np.testing.assert_allclose(same, nine, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["dense", "streaming", "ring"])
 @pytest.mark.parametrize("name", ["contrastive", "separation"])
-def test_the_other_losses_agree_with_the_float64_oracle(name):
+def test_the_other_losses_agree_with_the_float64_oracle(name, form):
   case = _sixteen()
   features = np.random.default_rng(5).normal(size=(16, 3)).astype(np.float32)
   features[~case.options["has_text"]] = np.nan
 
   def run(image, text, scale):
     options = {"logit_scale": scale, "mesh": _mesh(8, 1, 1), **case.options}
+    options["form"] = form
     if name == "contrastive":
       return contrastive_loss(image, text, **options)[0]
     return intra_modal_separation_loss(image, text, features, **options)
@@ -142,7 +223,7 @@ def test_a_device_holds_the_logits_of_its_own_rows_only():
   bank = jax.ShapeDtypeStruct((n, width), jnp.float32, sharding=sharding)
 
   def run(image, text, fused):
-    return gcl_loss(image, text, fused, logit_scale=20.0, mesh=mesh)[0]
+    return gcl_loss(image, text, fused, logit_scale=20.0, mesh=mesh, form="dense")[0]
 
   lowered = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(bank, bank, bank)
   text = lowered.compile().as_text()

@@ -22,15 +22,21 @@ def _features(case):
   return features.astype(np.float32)
 
 
+@pytest.mark.parametrize("form", loss_cases.FORMS)
 @pytest.mark.parametrize("featured", [False, True])
 @pytest.mark.parametrize("name", ["clean", "messy"])
-def test_value_and_gradients_against_the_oracle(name, featured):
+def test_value_and_gradients_against_the_oracle(name, featured, form):
   case = getattr(loss_cases, name)()
   features = _features(case) if featured else None
 
   def ours(image, text, scale):
     return intra_modal_separation_loss(
-      image, text, features, logit_scale=scale, **case.options
+      image,
+      text,
+      features,
+      logit_scale=scale,
+      **loss_cases.FORMS[form],
+      **case.options,
     )
 
   loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(
@@ -89,7 +95,7 @@ def test_one_pair():
   [
     ({"text_features": np.ones((4, 3))}, "text_features"),
     ({"text_features": np.ones(5)}, "text_features"),
-    ({"form": "streaming"}, "choose from auto, dense"),
+    ({"form": "tiled"}, "choose from auto, dense"),
     ({"logit_scale": np.ones(1)}, "logit_scale"),
   ],
 )
