@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
 from gcl_jax.losses.denominators import DENOMINATORS
+from gcl_jax.losses.pairs import FORMS
 
 SEPARATION_FEATURES = ("none", "initial_text_tower")
 
@@ -26,7 +27,7 @@ def check_loss(config: ConfigDict) -> None:
     "loss.denominator": (loss.denominator, DENOMINATORS),
     "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
     "fusion.of": (config.fusion.of, ("raw", "unit")),
-    "loss.form": (loss.form, ("auto", "dense")),
+    "loss.form": (loss.form, FORMS),
     "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
   }
   for field, (value, allowed) in choices.items():
@@ -98,6 +99,7 @@ def check_numbers(config: ConfigDict) -> None:
   at_least = {
     "init.vision_positions": 0,
     "tokenizer.vocab_size": 514,  # all bytes, start and end
+    "microbatches": 1,
     "log.every": 1,
     "steps": 0,
     "epochs": 0,

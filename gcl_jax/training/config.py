@@ -17,6 +17,9 @@ def default_config() -> ConfigDict:
   config.steps = 0  # optimizer steps; 0: take config.epochs instead
   config.epochs = 1.0  # passes over the training records, where steps is 0
   config.batch_size = 256  # global pairs a step: every pair is every other's negative
+  # The towers see each device's pairs in so many parts; the loss and its gradient are
+  # those of the whole batch (GradCache). Less memory for one more forward pass.
+  config.microbatches = 1
 
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
@@ -132,6 +135,7 @@ MAY_CHANGE = (
   "name",
   "steps",
   "epochs",
+  "microbatches",
   "data.path",
   "data.threads",
   "data.prefetch",

@@ -20,6 +20,7 @@ from gcl_jax.models import Model
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.training.check import direction_weights
+from gcl_jax.training.microbatches import in_microbatches
 
 # params, batch, constants -> loss (), metrics (a flat dict of float32 scalars)
 Objective = Callable[
@@ -47,12 +48,15 @@ def make_objective(
   separation = loss_config.intra_modal_separation
   placement = {"mesh": mesh, "batch_axes": BATCH_AXES, "form": loss_config.form}
 
+  def embed_rows(params, rows):
+    pixels, tokens, present = rows
+    return model.bind(params).embed_pair(images.normalize(pixels), tokens, **present)
+
+  embed = in_microbatches(embed_rows, config.microbatches, mesh)
+
   def objective(params, batch, constants):
-    bound = model.bind(params)
     present = {name: batch[name] for name in ("has_image", "has_text")}
-    image, text, mix = bound.embed_pair(
-      images.normalize(batch["pixels"]), batch["tokens"], **present
-    )
+    image, text, mix = embed(params, (batch["pixels"], batch["tokens"], present))
     scale = jnp.exp(params["logit_scale"])
     shared = {
       "logit_scale": scale,

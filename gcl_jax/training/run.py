@@ -261,6 +261,14 @@ def _check_batch(config: ConfigDict, mesh: Mesh, source: Source) -> None:
       f"config.batch_size is {config.batch_size}, which {parts} devices cannot share "
       f"evenly: {near} or {near + parts} would do."
     )
+  here = config.batch_size // parts
+  if here % config.microbatches:
+    near = max(here // config.microbatches, 1) * config.microbatches * parts
+    raise UserError(
+      f"config.microbatches is {config.microbatches}, which does not divide the {here} "
+      f"pairs of a device (config.batch_size {config.batch_size} over {parts} devices): "
+      f"a batch of {near} would do."
+    )
   if config.batch_size > len(source):
     raise UserError(
       f"config.batch_size is {config.batch_size}, but there are only {len(source)} "

@@ -104,6 +104,8 @@ def refused(config, workdir, monkeypatch):
     ({"mesh.data": 3}, "config.mesh"),
     ({"mesh.data": 4, "mesh.tensor": 2}, "config.mesh.tensor is 2"),
     ({"log.every": 0}, "config.log.every is 0: it is at least 1"),
+    ({"microbatches": 0}, "config.microbatches is 0: it is at least 1"),
+    ({"microbatches": 3}, "3, which does not divide the 16 pairs of a device"),
     ({"optimizer.warmup_steps": -1}, "config.optimizer.warmup_steps is -1"),
     (
       {"tokenizer.vocab_size": 100},
