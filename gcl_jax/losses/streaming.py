@@ -26,11 +26,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gcl_jax.losses.dense import different
 from gcl_jax.losses.tiles import Block, Tile, Vectors
 
 # exp(x − FAR) is 0 for every logit x: the log-sum-exp of an anchor without negatives,
 # as the backward reads it.
 _FAR = 1e30
+
+# Within so much of each other, exp of a difference of log-sum-exps is far from the ends
+# of float32, and what an underflow of one weight loses of the other is below 1e-12.
+_NEAR = 60.0
 
 
 class Running(NamedTuple):
@@ -227,18 +232,42 @@ def _weights(
   anchors: Anchors,
   other_anchors: Anchors,
 ) -> list[Array]:
-  """dL/dX / s for every block of a tile: as anchors' rows, and as others' candidates."""
-  masks, masks_back = tile.read(block, other), tile.read_back(block, other)
-  weights = []
-  for p, (x, q) in enumerate(zip(found, tile.transposed, strict=True)):
-    logit = scale * x
-    down = jnp.exp(jnp.where(masks[p], logit - anchors.lse[p][:, None], -jnp.inf))
-    back = logit - other_anchors.lse[q][None, :]
-    back = jnp.exp(jnp.where(masks_back[p], back, -jnp.inf))
-    down *= anchors.cotangent[p][:, None]
-    back *= other_anchors.cotangent[q][None, :]
-    weights.append(down + back)
-  return weights
+  """dL/dX / s for every block of a tile: as anchors' rows, and as others' candidates.
+
+  The two weights are exponentials of one logit less two log-sum-exps. Where these lie
+  close together over the tile, and all is there, so that both weights have one mask,
+  the second is the first times a product of two vectors.
+  """
+  lse = jnp.concatenate([anchors.lse, other_anchors.lse])
+  near = jnp.max(lse) - jnp.min(lse) < _NEAR
+  whole = jnp.all(block.there) & jnp.all(other.there)
+  apart = different(block.ids, other.ids)
+
+  def one_exponential():
+    weights = []
+    for p, (x, q) in enumerate(zip(found, tile.transposed, strict=True)):
+      own, theirs = anchors.lse[p], other_anchors.lse[q]
+      down = jnp.exp(jnp.where(apart, scale * x - own[:, None], -jnp.inf))
+      up = jnp.exp(own - own[0])
+      back = other_anchors.cotangent[q] * jnp.exp(own[0] - theirs)
+      both = anchors.cotangent[p][:, None] + up[:, None] * back[None, :]
+      weights.append(down * both)
+    return weights
+
+  def two_exponentials():
+    masks, masks_back = tile.read(block, other), tile.read_back(block, other)
+    weights = []
+    for p, (x, q) in enumerate(zip(found, tile.transposed, strict=True)):
+      logit = scale * x
+      down = jnp.exp(jnp.where(masks[p], logit - anchors.lse[p][:, None], -jnp.inf))
+      back = logit - other_anchors.lse[q][None, :]
+      back = jnp.exp(jnp.where(masks_back[p], back, -jnp.inf))
+      down *= anchors.cotangent[p][:, None]
+      back *= other_anchors.cotangent[q][None, :]
+      weights.append(down + back)
+    return weights
+
+  return jax.lax.cond(near & whole, one_exponential, two_exponentials)
 
 
 def _safe(anchors: Anchors) -> Anchors:
