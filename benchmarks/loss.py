@@ -106,13 +106,13 @@ def work(
     return 27 * pairs**2 * width, 18 * pairs**2
   products = 9 if form == "streaming_banks" else 4
   if devices > 1:
-    return 3 * products * pairs**2 * width, 27 * pairs**2
+    return 3 * products * pairs**2 * width, 18 * pairs**2
   blocks = -(-pairs // block)
   above, diagonal = blocks * (blocks - 1) // 2, blocks
   # A tile on the diagonal: forward, once more, and the rows' gradient; one above it the
   # columns' too.
   tiles = products * (4 * above + 3 * diagonal)
-  return tiles * block**2 * width, (36 * above + 27 * diagonal) * block**2
+  return tiles * block**2 * width, (27 * above + 18 * diagonal) * block**2
 
 
 def measure(

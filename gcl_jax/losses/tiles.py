@@ -8,6 +8,7 @@ fusion (four products instead of nine) lives here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +67,7 @@ class Tile:
     """e_a^j · e_m^k (rows, columns) for every block (a, m), times `factor` if any."""
 
     def product(x: Array, y: Array) -> Array:
-      return similarities(x, y, self.precision)
+      return _product(self.precision, x, y)
 
     if not self.mixed:
       banks, others = tuple(rows), tuple(columns)
@@ -129,3 +130,28 @@ def block_of(pairs: Pairs) -> Block:
 def is_mixed(pairs: Pairs) -> bool:
   """Whether the fused embeddings are a Mix."""
   return isinstance(pairs.fused, Mix)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(precision: jax.lax.Precision, rows: Array, columns: Array) -> Array:
+  """`similarities`, with a faster way back to the columns."""
+  return similarities(rows, columns, precision)
+
+
+def _product_forward(precision, rows, columns):
+  return _product(precision, rows, columns), (rows, columns)
+
+
+def _product_backward(precision, saved, weights):
+  rows, columns = saved
+
+  def dot(x, y):
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+  # weightsᵀ rows as (rowsᵀ weights)ᵀ: a CPU's product with its left side transposed
+  # runs at three quarters of the rate, and transposing (B, D) is cheap.
+  turned = jax.lax.optimization_barrier(rows.T)
+  return dot(weights, columns), dot(turned, weights).T
+
+
+_product.defvjp(_product_forward, _product_backward)
