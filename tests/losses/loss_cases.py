@@ -63,6 +63,18 @@ def messy(width=4, seed=1):
   )
 
 
+def sixteen():
+  """Two messy batches, the second under other ids: two rows a device."""
+  first, second = messy(seed=1), messy(seed=2)
+  arrays = [np.concatenate(pair) for pair in zip(first[:5], second[:5], strict=True)]
+  options = {
+    name: np.concatenate([first.options[name], second.options[name]])
+    for name in first.options
+  }
+  options["pair_ids"][8:, 0] += 100
+  return Case(*arrays, options)
+
+
 WEIGHTS = np.array([[9, 1, 0.5], [2, np.inf, 0], [0.25, 3, -4]], np.float32)
 
 # The engines. Blocks of three rows: the batches above make whole and broken ones.

@@ -1,7 +1,12 @@
 """The losses over eight devices: the global batch's value and gradients."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +27,6 @@ AXES = ("data", "fsdp", "tensor")
 def _mesh(*shape):
   devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _sixteen():
-  """Two messy batches, the second under other ids: two rows a device."""
-  first, second = loss_cases.messy(seed=1), loss_cases.messy(seed=2)
-  arrays = [np.concatenate(pair) for pair in zip(first[:5], second[:5], strict=True)]
-  options = {
-    name: np.concatenate([first.options[name], second.options[name]])
-    for name in first.options
-  }
-  options["pair_ids"][8:, 0] += 100
-  return loss_cases.Case(*arrays, options)
 
 
 def _run(case, kind, mesh, denominator, form, place=lambda x: x):
@@ -164,7 +157,7 @@ def _reference(case, kind, denominator):
   ],
 )
 def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded, form):
-  case = _sixteen()
+  case = loss_cases.sixteen()
   mesh = _mesh(*shape)
   sharding = NamedSharding(mesh, P(("data", "fsdp")))
   many = _run(
@@ -179,6 +172,32 @@ def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded
     assert error(got, want) <= 1e-5
 
 
+def test_two_processes_of_two_devices_agree_with_the_float64_oracle(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  script = Path(__file__).with_name("process_of_two.py")
+  root = str(script.parents[2])
+  processes = [
+    subprocess.Popen(
+      [sys.executable, str(script), port, str(number), str(tmp_path)],
+      env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+      | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  errors = [process.communicate(timeout=180)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+  wants = _reference(loss_cases.sixteen(), "mix", "self_masked")
+  for form in ("streaming", "ring"):
+    with np.load(tmp_path / f"{form}.npz") as saved:
+      made = [saved[f"arr_{i}"] for i in range(len(wants))]
+    for got, want in zip(made, wants, strict=True):
+      assert error(got, want) <= 1e-5
+
+
 def test_without_an_outer_jit():
   case = loss_cases.clean(8)
   alone, nine = gcl_loss(*case[:3], logit_scale=20.0)
@@ -190,7 +209,7 @@ def test_without_an_outer_jit():
 @pytest.mark.parametrize("form", ["dense", "streaming", "ring"])
 @pytest.mark.parametrize("name", ["contrastive", "separation"])
 def test_the_other_losses_agree_with_the_float64_oracle(name, form):
-  case = _sixteen()
+  case = loss_cases.sixteen()
   features = np.random.default_rng(5).normal(size=(16, 3)).astype(np.float32)
   features[~case.options["has_text"]] = np.nan
 
