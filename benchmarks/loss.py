@@ -71,7 +71,8 @@ def main() -> None:
 
 def dense(image: Array, text: Array, fused: Array, scale: Array) -> Array:
   """`self_masked` over whole pairs, as written without this package."""
-  banks = jnp.stack([image, text, fused]).astype(jnp.float32)
+  banks = jnp.stack([image, text, fused])
+  banks = banks.astype(jnp.promote_types(banks.dtype, jnp.float32))
   rows = banks.reshape(-1, banks.shape[-1])
   logits = scale * rows @ rows.T
   logits = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, logits)
