@@ -45,6 +45,7 @@ def run_loop(
   checkpoints: Saver,
   evaluate: Callable[[State, int], None],
   writer: MetricWriter,
+  watch: Callable[[int, Mapping[str, float]], None],
   workdir: Path,
   records: int,
 ) -> State:
@@ -64,6 +65,7 @@ def run_loop(
     checkpoints: where states are saved.
     evaluate: called with (state, step) after a step was saved.
     writer: where the numbers of a step go.
+    watch: sees the same numbers.
     workdir: the run's folder, for profiler traces.
     records: size of the training source.
 
@@ -93,6 +95,7 @@ def run_loop(
       values["bad_records"] = float(guard.bad)
       writer.write(step, values)
       progress.show(step, values)
+      watch(step, values)
       waited = 0.0
     evaluated = last or _due(step, config.eval.every)
     if evaluated or _due(step, config.checkpoint.every):

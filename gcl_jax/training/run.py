@@ -157,6 +157,7 @@ def train(
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
       writer=writer,
+      watch=_weight_watch(config),
       workdir=workdir,
       records=len(source),
     )
@@ -286,6 +287,34 @@ def _evaluation_is_owed(
   else:
     due = config.eval.before
   return due and step not in results
+
+
+# Fusion weights above this cost the four products of a Mix more than 1e-4 of a gradient
+# (`python -m benchmarks.loss_accuracy`).
+_LARGE_WEIGHT = 10.0
+
+
+def _weight_watch(config: ConfigDict) -> Callable[[int, Mapping[str, float]], None]:
+  """Warns once, when fusion weights have become large."""
+  loss = config.loss
+  careful = config.fusion.as_bank or loss.form == "dense" or loss.name != "gcl"
+  quiet = careful or jax.process_index() != 0
+
+  def watch(step: int, values: Mapping[str, float]) -> None:
+    nonlocal quiet
+    largest = values["fusion/largest_weight"]
+    if quiet or largest <= _LARGE_WEIGHT:
+      return
+    quiet = True
+    print(
+      f"\nnote: at step {step} an image and its text point so far apart that fusion "
+      f"weighs them {largest:.0f}-fold, which costs the loss some digits; "
+      "--config.fusion.as_bank=True avoids that and is a little slower.",
+      file=sys.stderr,
+      flush=True,
+    )
+
+  return watch
 
 
 def _separation_features(config: ConfigDict, records: int) -> np.ndarray | None:

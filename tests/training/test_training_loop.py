@@ -68,6 +68,7 @@ def loop(
     writer=types.SimpleNamespace(
       write=lambda number, values: acts.append(f"write {number}")
     ),
+    watch=lambda *_: None,
     workdir=Path("nowhere"),
     records=records,
   )
