@@ -39,7 +39,7 @@ def negatives_lse(
     (M, M, n) float32; −∞ (with gradient zero) where an anchor has no negative.
   """
   apart = different(anchors.ids, candidates.ids)
-  nothing = jnp.full(apart.shape[:1], -jnp.inf)
+  nothing = jnp.full(apart.shape[:1], -jnp.inf, jnp.float32)
   modalities = range(len(anchors.banks))
   lse = []
   for a in modalities:
@@ -76,6 +76,6 @@ def masked_logsumexp(logits: Array, mask: Array) -> Array:
   peak = jnp.max(logits, axis=-1, keepdims=True)
   peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
   total = jnp.sum(jnp.exp(logits - peak), axis=-1)
-  some = total > 0
+  some = total != 0  # a NaN stays one
   # Both branches of the outer `where` must have finite derivatives.
   return jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + peak[..., 0], -jnp.inf)

@@ -37,14 +37,14 @@ class Plan:
   Attributes:
     tile: which similarities.
     formula: what becomes of their log-sum-exps.
-    size: rows and columns of a tile.
+    block_size: rows and columns of a tile, at most.
     mesh, axes: the devices that share the batch; None and () for one.
     ring: embeddings travel round the devices instead of being gathered.
   """
 
   tile: Tile
   formula: Formula
-  size: int
+  block_size: int
   mesh: Mesh | None = None
   axes: tuple[str, ...] = ()
   ring: bool = False
@@ -53,6 +53,15 @@ class Plan:
   def alone(self) -> bool:
     """One device holds the whole batch."""
     return self.mesh is None or batch_parts(self.mesh, self.axes) == 1
+
+  def size(self, rows: int) -> int:
+    """As few blocks of these rows as the limit allows, and no more padding."""
+    blocks = max(-(-rows // self.block_size), 1)
+    return max(-(-rows // blocks), 1)
+
+  def sizes(self, rows: Block, columns: Block) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    return self.size(len(rows.ids)), self.size(len(columns.ids))
 
 
 def make_plan(
@@ -67,27 +76,35 @@ def make_plan(
 ) -> Plan:
   """The plan of a form: "streaming", "ring", or "auto", which chooses between them."""
   parts = 1 if mesh is None else batch_parts(mesh, batch_axes)
-  rows = pairs.ids.shape[0]
   banks = sum(leaf.nbytes for leaf in jax.tree.leaves(_vectors(pairs)))
   ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
-  # As few blocks as the limit allows, and no more padding than that needs.
-  blocks = -(-rows // parts // (block_size or BLOCK)) or 1
-  size = block_size or max(-(-rows // parts // blocks), 1)
+  size = block_size or BLOCK
   return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def streamed(
   plan: Plan, pairs: Pairs, scale: Array, weights: Array
 ) -> tuple[Array, Array]:
   """`denominators.weighted_mean` of the formula's sums over the global batch.
 
-  Differentiable in the embeddings (and the Mix) of `pairs` and in the scale.
+  Differentiable, once and in reverse mode, in the embeddings (and the Mix) of `pairs`
+  and in the scale, which must not be 0.
 
   On several devices the forward all-gathers embeddings, presence, ids, log-sum-exps and
   their cotangents (ring: sends the first three round) and all-reduces sums and counts
   once; the backward all-reduces one scalar (ring: sends all of them round once more).
   """
+  if plan.mesh is None:
+    # Inside a `shard_map` of the caller's, what rows share must vary as they do.
+    zero = 0.0 * jax.lax.stop_gradient(pairs.image[0, 0])
+    scale, weights = scale + zero, weights + zero
+  return _streamed(plan, pairs, scale, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _streamed(
+  plan: Plan, pairs: Pairs, scale: Array, weights: Array
+) -> tuple[Array, Array]:
   return _forward(plan, pairs, scale, weights)[0]
 
 
@@ -119,7 +136,7 @@ def _backward(plan: Plan, saved, cotangents):
   )
 
 
-streamed.defvjp(_forward, _backward)
+_streamed.defvjp(_forward, _backward)
 
 _NAMES = ("image", "text", "fused")
 
@@ -140,24 +157,26 @@ def _block(plan: Plan, pairs: Pairs) -> Block:
 
 def _forward_here(plan: Plan, pairs: Pairs, scale: Array, weights: Array):
   """One device's part: totals, own `Anchors`, and (columns, their Anchors) or None."""
-  block, tile, size = _block(plan, pairs), plan.tile, plan.size
+  block, tile = _block(plan, pairs), plan.tile
   columns = None
   if plan.alone:
+    size = plan.size(len(block.ids))
     running = streaming.triangle_forward(tile, block, scale, size)
   else:
-    running = streaming.nothing_yet(tile, len(pairs.ids))
+    running = streaming.nothing_yet(tile, block)
     if plan.ring:
       running = _around(
         plan,
         lambda running, columns: streaming.rectangle_forward(
-          tile, block, columns, scale, running, size
+          tile, block, columns, scale, running, plan.sizes(block, columns)
         ),
         running,
         block,
       )
     else:
       columns = _gathered_block(plan, block)
-      running = streaming.rectangle_forward(tile, block, columns, scale, running, size)
+      sizes = plan.sizes(block, columns)
+      running = streaming.rectangle_forward(tile, block, columns, scale, running, sizes)
   lse = streaming.finished(running)
   sums, pull, counts = jax.vjp(
     lambda lse: plan.formula(lse, pairs, scale), lse, has_aux=True
@@ -172,14 +191,17 @@ def _forward_here(plan: Plan, pairs: Pairs, scale: Array, weights: Array):
 
 def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, weights):
   """One device's gradients of its rows, and the scale's, summed over the devices."""
-  block, tile, size = _block(plan, pairs), plan.tile, plan.size
+  block, tile = _block(plan, pairs), plan.tile
   if plan.alone:
+    size = plan.size(len(block.ids))
     walked = streaming.triangle_backward(tile, block, scale, own, size)
   elif plan.ring:
 
     def further(gradient, visitors):
+      columns, others = visitors
+      sizes = plan.sizes(block, columns)
       more = streaming.rectangle_backward(
-        tile, block, visitors[0], scale, own, visitors[1], size
+        tile, block, columns, scale, own, others, sizes
       )
       return jax.tree.map(jnp.add, gradient, more)
 
@@ -187,8 +209,9 @@ def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, wei
     walked = _around(plan, further, zeros, (block, own))
   else:
     columns, others = everybody
+    sizes = plan.sizes(block, columns)
     walked = streaming.rectangle_backward(
-      tile, block, columns, scale, own, others, size
+      tile, block, columns, scale, own, others, sizes
     )
 
   def direct(vectors):
@@ -247,11 +270,7 @@ def _forward_specs(plan: Plan):
 
 
 def _on_devices(plan: Plan, function, split, shared, out_specs):
-  """`function(plan, *split, *shared)` on every device's rows of `split`.
-
-  Raises:
-    ValueError: an axis is not of the mesh, or N is not divisible over the axes.
-  """
+  """`function(plan, *split, *shared)` on every device's rows of `split`."""
   call = functools.partial(function, plan)
   if plan.mesh is None:
     return call(*split, *shared)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -56,7 +57,7 @@ def gcl_loss(
     target_only  candidates of the positive's modality alone
 
   Nothing is normalised here. Differentiable in image, text, fused (or both its weights)
-  and logit_scale.
+  and logit_scale: once, in reverse mode (`form="dense"` any way).
 
   Args:
     image, text: (N, D) unit rows, float32 or bfloat16; N is the global batch.
@@ -70,10 +71,12 @@ def gcl_loss(
     has_image, has_text: (N,) bool, None where all are there. Fused exists where both
       do. Absent entries may hold anything, NaN included. Rows with neither are padding:
       they change nothing and their gradient is zero.
-    mesh: the arrays are the global batch, sharded over `batch_axes`; negatives are
-      global. Collectives: see `form`.
+    mesh: the arrays are the global batch, sharded over `batch_axes`, which are Auto
+      axes; negatives are global. Collectives: see `form`.
     batch_axes: the mesh axes that split the batch, in the order of the sharding.
-    form: how what is quadratic in N is computed; value and gradients are the same.
+    form: how what is quadratic in N is computed; value and gradients are the same, but
+      for digits that large weights of a Mix cost the first two (alpha 2: 1e-5, 20: 1e-3
+      of a gradient; hand them the fused bank then).
       "streaming" never holds more than a tile of logits: O(block² + n D + N D) of
         memory. All-gathers embeddings, ids, presence, and the log-sum-exps with their
         cotangents, all in the forward, and all-reduces 18 floats; the backward
@@ -84,7 +87,7 @@ def gcl_loss(
         All-gathers the embeddings (backward: reduce-scatter).
       "auto" is "streaming", or "ring" where the gathered embeddings would take more
         than 2 GiB of a device.
-    block_size: rows and columns of a tile; None chooses at most 512.
+    block_size: rows and columns of a tile, at most; None is 512. "dense" has no tiles.
 
   Returns:
     loss: float32 scalar, 0 where nothing counts. With equal weights `self_masked` does
@@ -93,12 +96,12 @@ def gcl_loss(
       diagonal and where nothing counts. No gradient.
 
   Raises:
-    ValueError: shapes disagree, an unknown denominator or form, a batch that the mesh
-      does not divide.
+    ValueError: shapes disagree, an unknown denominator or form, a mesh whose axes are
+      not Auto or do not divide the batch.
   """
   check_form(form, block_size)
   denominators.candidates(denominator, 0, 1)
-  weights = jnp.ones((3, 3)) if direction_weights is None else direction_weights
+  weights = np.ones((3, 3)) if direction_weights is None else direction_weights
   weights = jnp.asarray(weights, jnp.float32)
   if weights.shape != (3, 3):
     raise ValueError(f"direction_weights has shape {weights.shape}, not (3, 3)")
@@ -148,7 +151,7 @@ def contrastive_loss(
   loss, directions = _mean_loss(
     pairs,
     scalar_scale(logit_scale),
-    jnp.ones((2, 2)),
+    jnp.ones((2, 2), jnp.float32),
     denominator="target_only",
     precision=matmul_precision(image, text),
     mesh=mesh,
@@ -224,7 +227,7 @@ def _sums(
 ) -> tuple[Array, Array]:
   """`direction_losses` of the blocks' log-sum-exps, (P, n)."""
   modalities = len(rows.there)
-  table = jnp.full((modalities, modalities, lse.shape[1]), -jnp.inf)
+  table = jnp.full((modalities, modalities, lse.shape[1]), -jnp.inf, jnp.float32)
   table = table.at[tuple(zip(*blocks, strict=True))].set(lse)
   same = scale * rows.same_pair
   return denominators.direction_losses(table, same, rows.there, denominator)

@@ -1,6 +1,6 @@
 """The batch as the losses see it: checked, float32, absent entries zeroed.
 
-Everything here is O(N · D). The engines (`dense.py`) do what is quadratic in N.
+Everything here is O(N · D). The engines (`streaming.py`, `dense.py`) do what is quadratic in N.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from gcl_jax.fusion import Mix
@@ -146,9 +146,10 @@ def scalar_scale(logit_scale: ArrayLike) -> Array:
 def matmul_precision(*arrays: Array | Mix | None) -> jax.lax.Precision:
   """How exactly an accelerator must multiply float32 copies of these inputs.
 
-  Values that came from bfloat16 lose nothing in an accelerator's fast float32 product
-  (bfloat16 or TF32 operands, float32 sums). Others do: 1e-3 of a similarity is 0.1 of
-  a logit at scale 100.
+  Similarities of values that came from bfloat16 lose nothing in an accelerator's fast
+  float32 product (bfloat16 or TF32 operands, float32 sums); the softmax weights of the
+  backward are rounded there as the embeddings were. Of others, 1e-3 of a similarity is
+  0.1 of a logit at scale 100.
   """
   # A Mix makes new float32 rows of bfloat16 ones.
   exact = all(
@@ -206,12 +207,18 @@ def batch_parts(mesh: Mesh, axes: Sequence[str]) -> int:
 
 
 def check_mesh(mesh: Mesh | None, axes: Sequence[str], rows: int) -> None:
-  """Raises ValueError for axes the mesh lacks, or rows that they do not divide."""
+  """Raises ValueError for axes the mesh lacks, that are not Auto, or do not divide."""
   if mesh is None:
     return
   missing = [axis for axis in axes if axis not in mesh.shape]
   if missing or not axes:
     raise ValueError(f"batch_axes={axes}: the mesh has axes {tuple(mesh.shape)}")
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  if any(kinds[axis] != AxisType.Auto for axis in axes):
+    raise ValueError(
+      f"mesh axes {axes} are {[str(kinds[axis]) for axis in axes]}: make the mesh with "
+      "axis_types=(jax.sharding.AxisType.Auto, ...)"
+    )
   devices = batch_parts(mesh, axes)
   if rows % devices:
     raise ValueError(

@@ -110,7 +110,7 @@ def _mean_loss(
       mesh=mesh,
       batch_axes=batch_axes,
     )
-    return streamed(plan, pairs, scale, jnp.ones(()))[0]
+    return streamed(plan, pairs, scale, jnp.ones((), jnp.float32))[0]
 
   def local(rows: Pairs, scale: Array, summing: Summing) -> Array:
     columns = summing.gather(rows)

@@ -34,7 +34,7 @@ from gcl_jax.losses.tiles import Block, Tile, Vectors
 _FAR = 1e30
 
 # Within so much of each other, exp of a difference of log-sum-exps is far from the ends
-# of float32, and what an underflow of one weight loses of the other is below 1e-12.
+# of float32, and what an underflow of one weight loses of the other is about 1e-12.
 _NEAR = 60.0
 
 
@@ -52,21 +52,27 @@ class Anchors(NamedTuple):
   cotangent: Array
 
 
-def nothing_yet(tile: Tile, rows: int) -> Running:
-  """The state before any candidate was seen, (P, rows)."""
-  shape = (len(tile.blocks), rows)
-  return Running(jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+def nothing_yet(tile: Tile, rows: Block) -> Running:
+  """The state of these anchors before any candidate was seen, (P, n)."""
+  # Made from the rows, so that inside a `shard_map` it varies as they do.
+  zeros = jnp.stack([_zeros(rows.vectors[0][:, 0])] * len(tile.blocks))
+  return Running(zeros - jnp.inf, zeros)
 
 
 def finished(running: Running) -> Array:
   """The log-sum-exp; −∞ where there was no negative."""
-  some = running.total > 0
+  some = running.total != 0  # a NaN stays one
   log = jnp.log(jnp.where(some, running.total, 1.0))
   return jnp.where(some, running.peak + log, -jnp.inf)
 
 
 def rectangle_forward(
-  tile: Tile, rows: Block, columns: Block, scale: Array, running: Running, size: int
+  tile: Tile,
+  rows: Block,
+  columns: Block,
+  scale: Array,
+  running: Running,
+  sizes: tuple[int, int],
 ) -> Running:
   """Adds the columns (m rows) to the log-sum-exp of the rows (n).
 
@@ -75,9 +81,9 @@ def rectangle_forward(
     rows, columns: of any length.
     scale: float32 scalar.
     running: (P, n), the state so far.
-    size: rows and columns of a tile.
+    sizes: rows and columns of a tile.
   """
-  row_blocks, column_blocks = _cut(rows, size), _cut(columns, size)
+  row_blocks, column_blocks = _cut(rows, sizes[0]), _cut(columns, sizes[1])
 
   def row(_, inputs):
     block, state = inputs
@@ -87,7 +93,7 @@ def rectangle_forward(
 
     return None, jax.lax.scan(column, state, column_blocks)[0]
 
-  state = _cut_anchors(running, size)
+  state = _cut_anchors(running, sizes[0])
   _, state = jax.lax.scan(row, None, (row_blocks, state))
   return _join_anchors(state, len(rows.ids))
 
@@ -99,16 +105,17 @@ def rectangle_backward(
   scale: Array,
   own: Anchors,
   others: Anchors,
-  size: int,
+  sizes: tuple[int, int],
 ) -> Vectors:
   """Σ over the columns of dL/dX · ∂X/∂rows: the gradient of the rows' vectors.
 
   Args:
     own: of the rows, (P, n). others: of the columns, (P, m).
-    tile, rows, columns, scale, size: as in `rectangle_forward`.
+    tile, rows, columns, scale, sizes: as in `rectangle_forward`.
   """
-  row_blocks, column_blocks = _cut(rows, size), _cut(columns, size)
-  own, others = _cut_anchors(_safe(own), size), _cut_anchors(_safe(others), size)
+  row_blocks, column_blocks = _cut(rows, sizes[0]), _cut(columns, sizes[1])
+  own = _cut_anchors(_safe(own), sizes[0])
+  others = _cut_anchors(_safe(others), sizes[1])
 
   def row(_, inputs):
     block, anchors = inputs
@@ -124,7 +131,7 @@ def rectangle_backward(
       weights = _weights(tile, block, other, scale, found, anchors, other_anchors)
       return jax.tree.map(jnp.add, gradient, pull(weights)[0]), None
 
-    zeros = jax.tree.map(jnp.zeros_like, block.vectors)
+    zeros = jax.tree.map(_zeros, block.vectors)
     return None, jax.lax.scan(column, zeros, (column_blocks, others))[0]
 
   _, gradient = jax.lax.scan(row, None, (row_blocks, own))
@@ -156,7 +163,7 @@ def triangle_forward(tile: Tile, rows: Block, scale: Array, size: int) -> Runnin
     mine, state = jax.lax.fori_loop(i + 1, count, across, (mine, state))
     return _put(state, i, mine)
 
-  state = _cut_anchors(nothing_yet(tile, len(rows.ids)), size)
+  state = _cut_anchors(nothing_yet(tile, rows), size)
   state = jax.lax.fori_loop(0, count, row, state)
   return _join_anchors(state, len(rows.ids))
 
@@ -194,7 +201,7 @@ def triangle_backward(
     mine, gradient = jax.lax.fori_loop(i + 1, count, across, (mine, gradient))
     return _put(gradient, i, mine)
 
-  gradient = jax.tree.map(jnp.zeros_like, blocks.vectors)
+  gradient = jax.tree.map(_zeros, blocks.vectors)
   gradient = jax.lax.fori_loop(0, count, row, gradient)
   return _join(jax.tree.map(lambda x: scale * x, gradient), len(rows.ids))
 
@@ -238,8 +245,9 @@ def _weights(
   close together over the tile, and all is there, so that both weights have one mask,
   the second is the first times a product of two vectors.
   """
-  lse = jnp.concatenate([anchors.lse, other_anchors.lse])
-  near = jnp.max(lse) - jnp.min(lse) < _NEAR
+  lse = anchors.lse, other_anchors.lse
+  highest, lowest = (jnp.maximum(*map(jnp.max, lse)), jnp.minimum(*map(jnp.min, lse)))
+  near = highest - lowest < _NEAR
   whole = jnp.all(block.there) & jnp.all(other.there)
   apart = different(block.ids, other.ids)
 
@@ -268,6 +276,11 @@ def _weights(
     return weights
 
   return jax.lax.cond(near & whole, one_exponential, two_exponentials)
+
+
+def _zeros(like: Array) -> Array:
+  """float32 zeros that vary over devices as `like` does; NaN where it is not finite."""
+  return 0.0 * like.astype(jnp.float32)
 
 
 def _safe(anchors: Anchors) -> Anchors:

@@ -118,15 +118,6 @@ def _mixed(product, rows: Vectors, columns: Vectors) -> dict[tuple[int, int], Ar
   }
 
 
-def block_of(pairs: Pairs) -> Block:
-  """The rows of a batch as one block."""
-  if pairs.fused is None:
-    vectors = (pairs.image, pairs.text)
-  else:
-    vectors = (pairs.image, pairs.text, pairs.fused)
-  return Block(vectors, pairs.text_features, jnp.stack(pairs.there), pairs.ids)
-
-
 def is_mixed(pairs: Pairs) -> bool:
   """Whether the fused embeddings are a Mix."""
   return isinstance(pairs.fused, Mix)

@@ -52,7 +52,11 @@ def make_objective(
     pixels, tokens, present = rows
     return model.bind(params).embed_pair(images.normalize(pixels), tokens, **present)
 
+  def embed_text_rows(params, tokens):
+    return model.bind(params).embed_text(tokens)
+
   embed = in_microbatches(embed_rows, config.microbatches, mesh)
+  embed_texts = in_microbatches(embed_text_rows, config.microbatches, mesh)
 
   def objective(params, batch, constants):
     present = {name: batch[name] for name in ("has_image", "has_text")}
@@ -78,7 +82,7 @@ def make_objective(
       )
     metrics = {"loss": loss, **_diagnostics(directions, mix, present, scale)}
     if separation:
-      features = _separation_features(model, batch, constants)
+      features = _separation_features(embed_texts, batch, constants)
       term = intra_modal_separation_loss(image, text, features, **shared)
       metrics["loss/separation"] = term
       loss = loss + separation * term
@@ -88,12 +92,12 @@ def make_objective(
   return objective
 
 
-def _separation_features(model, batch, constants) -> jax.Array | None:
+def _separation_features(embed_texts, batch, constants) -> jax.Array | None:
   if "separation_features" in batch:
     return batch["separation_features"]
   if "initial_params" in constants:
     initial = jax.lax.stop_gradient(constants["initial_params"])
-    raw = model.bind(initial).embed_text(batch["tokens"])
+    raw = embed_texts(initial, batch["tokens"])
     norm = jnp.linalg.norm(raw, axis=-1, keepdims=True)
     return raw / jnp.maximum(norm, 1e-6)
   return None

@@ -267,6 +267,45 @@ def test_a_mesh_that_does_not_fit(n, axes, message):
     gcl_loss(*case[:3], logit_scale=20.0, mesh=_mesh(8, 1, 1), batch_axes=axes)
 
 
+def test_explicit_axes_are_refused():
+  mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Explicit,))
+  case = loss_cases.clean(8)
+  with pytest.raises(ValueError, match=r"AxisType\.Auto"):
+    gcl_loss(*case[:3], logit_scale=20.0, mesh=mesh)
+
+
+@pytest.mark.parametrize("form", ["streaming", "dense"])
+def test_inside_a_shard_map_of_the_callers_negatives_are_local(form):
+  case, mesh = loss_cases.clean(16), _mesh(8, 1, 1)
+
+  def local(image, text, alpha, beta, scale):
+    options = {"logit_scale": scale, "form": form, "block_size": 1}
+    loss = gcl_loss(image, text, Mix(alpha, beta), **options)[0]
+    return jax.lax.pmean(loss, "data")
+
+  rows = (P("data"),) * 4
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(*rows, P()), out_specs=P())
+
+  def one_by_one(*arrays):
+    parts = [
+      gcl_loss(
+        *(x[i : i + 2] for x in arrays[:2]),
+        Mix(*(x[i : i + 2] for x in arrays[2:4])),
+        logit_scale=arrays[4],
+        form="dense",
+      )[0]
+      for i in range(0, 16, 2)
+    ]
+    return sum(parts) / 8
+
+  arrays = (case.image, case.text, case.alpha, case.beta, jnp.float32(20))
+  arrays = tuple(map(jnp.asarray, arrays))
+  got = jax.jit(jax.value_and_grad(mapped, argnums=range(5)))(*arrays)
+  want = jax.jit(jax.value_and_grad(one_by_one, argnums=range(5)))(*arrays)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert error(x, y) <= 1e-5
+
+
 def test_every_denominator_is_tested_over_devices():
   marks = test_devices_agree_with_the_float64_oracle.pytestmark
   assert {case[0] for case in marks[0].args[1]} == set(DENOMINATORS)
