@@ -52,5 +52,5 @@ def test_without_the_compiler_it_says_so(monkeypatch):
   with pytest.raises(UserError, match="pip install libtpu"):
     tpu_memory.main()
   flags.config = None
-  with pytest.raises(UserError, match="--config=configs/clip.py"):
+  with pytest.raises(UserError, match=r"--config=configs/clip\.py"):
     tpu_memory.main()
