@@ -28,7 +28,7 @@ from gcl_jax import command_line
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import Mix, fuse
 from gcl_jax.losses import gcl_loss
-from gcl_jax.losses.engine import BLOCK
+from gcl_jax.losses.engine import default_block
 from gcl_jax.sharding import make_mesh, put_batch
 
 _FLAGS = flags.FLAGS
@@ -75,7 +75,7 @@ def dense(image: Array, text: Array, fused: Array, scale: Array) -> Array:
   banks = jnp.stack([image, text, fused])
   banks = banks.astype(jnp.promote_types(banks.dtype, jnp.float32))
   rows = banks.reshape(-1, banks.shape[-1])
-  logits = scale * jnp.matmul(rows, rows.T, precision="highest")
+  logits = jnp.matmul(scale * rows, rows.T, precision="highest")
   logits = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, logits)
   lse = jax.nn.logsumexp(logits, axis=1).reshape(3, -1)
   same = scale * jnp.einsum("and,bnd->abn", banks, banks)
@@ -157,7 +157,7 @@ def measure(
   rows = []
   for form, program in compiled.items():
     took = statistics.median(seconds[form])
-    block = -(-pairs // -(-pairs // (block_size or BLOCK)))
+    block = -(-pairs // -(-pairs // (block_size or default_block(mesh))))
     products, exponentials = work(form, pairs, width, block, devices)
     rows.append(
       {

@@ -25,7 +25,10 @@ from gcl_jax.losses.tiles import Block, Tile
 # lse (P, n), rows, scale -> sums and counts over the rows, of one shape.
 Formula = Callable[[Array, Pairs, Array], tuple[Array, Array]]
 
-BLOCK = 512
+# Rows and columns of a tile, at most. On two CPU cores 256 is as fast as 512 and takes
+# half of its memory (`python -m benchmarks.loss`); accelerators like larger products.
+BLOCKS = {"cpu": 256}
+BLOCK_ELSEWHERE = 512
 # Above this many bytes of gathered embeddings a device, `auto` sends them round instead.
 _RING_ABOVE = 2**31
 
@@ -78,8 +81,14 @@ def make_plan(
   parts = 1 if mesh is None else batch_parts(mesh, batch_axes)
   banks = sum(leaf.nbytes for leaf in jax.tree.leaves(_vectors(pairs)))
   ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
-  size = block_size or BLOCK
+  size = block_size or default_block(mesh)
   return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)
+
+
+def default_block(mesh: Mesh | None) -> int:
+  """The block size for the devices of a mesh, or for JAX's default ones."""
+  one = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  return BLOCKS.get(one, BLOCK_ELSEWHERE)
 
 
 def streamed(

@@ -87,7 +87,8 @@ def gcl_loss(
         All-gathers the embeddings (backward: reduce-scatter).
       "auto" is "streaming", or "ring" where the gathered embeddings would take more
         than 2 GiB of a device.
-    block_size: rows and columns of a tile, at most; None is 512. "dense" has no tiles.
+    block_size: rows and columns of a tile, at most; None is 256 on a CPU, else 512.
+      "dense" has no tiles.
 
   Returns:
     loss: float32 scalar, 0 where nothing counts. With equal weights `self_masked` does
