@@ -2,7 +2,7 @@
 
     python -m gcl_jax.train --config=configs/demo.py
 
-No download and no file; about four minutes on two CPU cores. `logit_scale` is fixed
+No download and no file; about two minutes on two CPU cores. `logit_scale` is fixed
 at 100, where pretrained CLIP models have it: that is where plain contrastive training
 leaves a modality gap, and where the loss shows its effect. Variants, to compare:
 
