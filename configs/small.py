@@ -2,7 +2,7 @@
 
     python -m gcl_jax.train --config=configs/small.py --config.data.path=data/flickr8k
 
-1.3 million parameters at 96 px, a vocabulary learned from the captions: minutes on two
+2 million parameters at 96 px, a vocabulary learned from the captions: minutes on two
 CPU cores for some thousand pictures. It is how the losses are compared on real pairs
 where a pretrained model is not at hand; for a model to use, see configs/tinyclip.py.
 """

@@ -51,7 +51,9 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     _fail(_unknown_field(argv, error))
   except flags.Error as error:
     _fail(f"{error}. See --help.")
-  except (KeyError, TypeError, ValueError) as error:
+  except KeyError as error:  # ml_collections, of a group of fields
+    _fail(_unknown_field(argv, error))
+  except (TypeError, ValueError) as error:
     _fail(f"{error}. See --help.")
   if len(rest) > 1:
     _fail(f"{rest[1]!r} is not a flag: flags begin with --. See --help.")
@@ -72,7 +74,7 @@ def _check_recipe(argv: Sequence[str]) -> None:
         raise UserError(f"--config={path}: there is no such file.{there}")
 
 
-def _unknown_field(argv: Sequence[str], error: AttributeError) -> str:
+def _unknown_field(argv: Sequence[str], error: Exception) -> str:
   """Which flag names a field that the config lacks, and the nearest field."""
   said = str(error).replace("\\", "")
   found = re.search(r"'(\w+)'", said)

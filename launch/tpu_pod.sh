@@ -9,10 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dry=""
-if [[ "${1:-}" == "--dry-run" ]]; then
-  dry=1
-  shift
-fi
+arguments=()
+for argument in "$@"; do
+  if [[ "$argument" == "--dry-run" ]]; then dry=1; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 config="${1:?usage: launch/tpu_pod.sh [--dry-run] configs/NAME.py [flags]}"
 shift
 : "${TPU_NAME:?set TPU_NAME to the name of the slice}"

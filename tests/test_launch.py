@@ -37,9 +37,12 @@ def test_the_pod_launcher_can_be_rehearsed():
   assert "a\\" in done.stdout  # the blank is quoted for the worker's shell
 
 
-def test_the_pod_launcher_without_flags_passes_none():
+@pytest.mark.parametrize(
+  "arguments", [("--dry-run", "configs/demo.py"), ("configs/demo.py", "--dry-run")]
+)
+def test_a_dry_run_is_dry_wherever_it_is_asked_for(arguments):
   done = subprocess.run(
-    ["bash", ROOT / "launch" / "tpu_pod.sh", "--dry-run", "configs/demo.py"],
+    ["bash", ROOT / "launch" / "tpu_pod.sh", *arguments],
     capture_output=True,
     text=True,
     env={**os.environ, "TPU_NAME": "slice", "ZONE": "zone"},

@@ -81,7 +81,7 @@ def test_load_and_embed_run_as_printed(tmp_path, tiny_run):
   code = next(block for block in blocks("python") if "gcl_jax.load" in block)
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "demo").symlink_to(tiny_run)
-  Image.new("RGB", (40, 40), (250, 0, 0)).save(tmp_path / "red.png")
+  (tmp_path / "docs").symlink_to(ROOT / "docs")
   numbers = re.findall(r"[-\d.]+", python(code, tmp_path))
   matrix = [float(x) for x in numbers if "." in x]
   assert matrix[0] == pytest.approx(1.0, abs=1e-5)  # unit vectors

@@ -171,7 +171,7 @@ tags: [clip, multimodal-retrieval, gcl-2509.25638]
 ---
 # {name}
 
-One embedding space for images, texts and documents with both: a CLIP fine-tuned with
+One embedding space for images, texts and documents with both: a CLIP trained with
 Generalized Contrastive Learning (arXiv 2509.25638) by gcl_jax {__version__}. Compare
 embeddings by their dot product. Fused embeddings of documents with both, in PyTorch
 (from inside this folder; elsewhere write its path for the dot):

@@ -15,7 +15,6 @@ from gcl_jax.evaluation.nine import POOLS, VIEWS, cell_name
 
 WIDTH = 100  # columns
 EMPTY = "—"
-SEED_POINTS = 3  # by how much seeds of one training run were seen to differ
 COLUMNS = tuple((p, g, k) for p in POOLS for g in ("same", "other") for k in (1, 10))
 ASCII = str.maketrans({"→": ">", "—": "-", "†": "+", "‖": "|", "Δ": "D", "─": "-"})
 
@@ -234,10 +233,12 @@ def _difference(views: Mapping[str, Mapping]) -> str:
   """How large a difference between two rows means something."""
   errors = {column: _two_errors(views, *column) for column in COLUMNS}
   headline = errors["global", "other", 10]
+  if not headline:
+    return "Too little was found to say how large a difference means something."
   return (
     f"A difference between two rows means something above {headline:.1f} points in"
     f" global other R@10, {max(errors.values()):.1f} in the widest column (two standard"
-    f" errors); seeds of one training differ by up to {SEED_POINTS} points besides."
+    " errors over queries). Seeds of one training differ by more: compare several."
   )
 
 
