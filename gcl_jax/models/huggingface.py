@@ -54,12 +54,7 @@ def local_folder(source: str | os.PathLike) -> Path:
   name = os.fspath(source)
   if path.exists():
     raise UserError(f"{name} is a file: name the folder of a model that holds it.")
-  beside = (
-    len(path.parts) > 1 and path.parent.is_dir()
-  )  # a slip, more likely than a hub id
-  if (
-    beside or path.is_absolute() or not _HUB_ID.fullmatch(name) or name.startswith(".")
-  ):
+  if path.is_absolute() or not _HUB_ID.fullmatch(name) or name.startswith("."):
     raise UserError(f"there is no folder {name}: name a CLIP folder or a hub id.")
   patterns = [*_SMALL_FILES, *_SAFETENSORS_FILES]
   folder = _snapshot(name, patterns)

@@ -48,7 +48,7 @@ def run(tool, *arguments):
     ("train", ("--config=configs/demo.py", "runs/x"), "'runs/x' is not a flag"),
     ("evaluate", (), "--checkpoint"),
     ("evaluate", ("--checkpoint=/nowhere", "--data=x"), "/nowhere"),
-    ("evaluate", ("--checkpoint=tests/nope",), "there is no folder tests/nope"),
+    ("evaluate", ("--checkpoint=tests/nope",), "tests/nope is no folder here"),
     ("evaluate", ("--checkpoint=x", "--output=gcl_jax"), "is a folder"),
     ("export", (), "--output"),
     ("export", ("--checkpoint=/nowhere", "--output=/tmp/out-of-nowhere"), "run.json"),
