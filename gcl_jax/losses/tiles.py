@@ -11,7 +11,7 @@ Everything here is (P, ...) over the P blocks (anchor modality, candidate modali
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -97,8 +97,9 @@ class Tile:
       theirs: (P, C), of the columns as anchors.
     """
     factor = self.factor(rows, columns)
-    found = self.similarities(rows.vectors, columns.vectors, factor)
-    logits = [scale * x for x in found]
+    products = self._multiplied(rows.vectors, columns.vectors)
+    mixes = self.mix(rows.vectors), self.mix(columns.vectors)
+    logits = [scale * x for x in self.table(products, *mixes, factor)]
     mine = _updated(mine, logits, self.read(rows, columns), axis=1)
     if theirs is None:
       return mine, None
@@ -123,12 +124,13 @@ class Tile:
       own: of the rows as anchors, (P, R). others: of the columns, (P, C).
     """
     factor = self.factor(rows, columns)
+    products = self._multiplied(rows.vectors, columns.vectors)
+    mixes = self.mix(rows.vectors), self.mix(columns.vectors)
 
-    def similar(*vectors):
-      mine, theirs = vectors if both else (*vectors, columns.vectors)
-      return self.similarities(mine, theirs, factor)
+    def similar(products, mixes):
+      return self.table(products, *mixes, factor)
 
-    found, pull = jax.vjp(similar, rows.vectors, *([columns.vectors] if both else []))
+    found, back = jax.vjp(similar, products, mixes)
     logits = [scale * x for x in found]
     weights = jax.lax.cond(
       self.one_will_do(rows, columns, own, others),
@@ -139,8 +141,78 @@ class Tile:
         logits, self.read(rows, columns), self.read_back(rows, columns), own, others
       ),
     )
-    gradients = pull(weights)
-    return gradients if both else (*gradients, None)
+    weights, (mine, theirs) = back(weights)
+    gradient = self.gradient(columns.vectors, weights, mine)
+    if not both:
+      return gradient, None
+    return gradient, self.gradient(rows.vectors, weights, theirs, turned=True)
+
+  @property
+  def products(self) -> tuple[tuple[int, int], ...]:
+    """Which banks are multiplied: (of the rows, of the columns)."""
+    return ((0, 0), (0, 1), (1, 0), (1, 1)) if self.mixed else self.blocks
+
+  def mix(self, vectors: Vectors) -> Mix | None:
+    """The part of the vectors that is no bank."""
+    return vectors[2] if self.mixed else None
+
+  def table(
+    self,
+    products: Sequence[Array],
+    mine: Mix | None,
+    theirs: Mix | None,
+    factor: Array | None = None,
+  ) -> list[Array]:
+    """e_a^j · e_m^k for every block (a, m), times `factor` if any.
+
+    Args:
+      products: (R, C) each, of `products`.
+      mine, theirs: `mix` of the rows' vectors and of the columns'.
+      factor: (R, C).
+    """
+    found = list(products)
+    if self.mixed:
+      nine = _nine(*products, mine, theirs)
+      found = [nine[block] for block in self.blocks]
+    return found if factor is None else [factor * x for x in found]
+
+  def gradient(
+    self,
+    others: Vectors,
+    weights: Sequence[Array],
+    mix: Mix | None,
+    *,
+    turned: bool = False,
+  ) -> Vectors:
+    """dL/d(vectors) of one side, from dL/d(products) and the other side's vectors.
+
+    The weights are rounded to the type of the embeddings; sums are float32.
+
+    Args:
+      others: the columns' vectors; turned: the rows'.
+      weights: (R, C) each, of `products`.
+      mix: dL/d(mix) of this side, which is handed on.
+    """
+    sums: dict[int, Array] = {}
+    for (a, m), weight in zip(self.products, weights, strict=True):
+      to, of = (m, a) if turned else (a, m)
+      bank = others[of]
+      weight = weight.astype(bank.dtype)
+      if turned:
+        # weightᵀ bank as (bankᵀ weight)ᵀ: a CPU's product with its left side transposed
+        # runs at three quarters of the rate, and transposing (B, D) is cheap.
+        more = self._dot(jax.lax.optimization_barrier(bank.T), weight).T
+      else:
+        more = self._dot(weight, bank)
+      sums[to] = sums[to] + more if to in sums else more
+    banks = [sums[bank] for bank in range(2 if self.mixed else self.modalities)]
+    return (*banks, mix) if self.mixed else tuple(banks)
+
+  def _dot(self, x: Array, y: Array) -> Array:
+    return jnp.dot(x, y, precision=self.precision, preferred_element_type=jnp.float32)
+
+  def _multiplied(self, rows: Vectors, columns: Vectors) -> list[Array]:
+    return [similarities(rows[a], columns[m], self.precision) for a, m in self.products]
 
   def one_will_do(
     self, rows: Block, columns: Block, own: Anchors, others: Anchors
@@ -210,22 +282,6 @@ class Tile:
     order = jnp.asarray(self.transposed)
     return Running(*(x[order] for x in running))
 
-  def similarities(
-    self, rows: Vectors, columns: Vectors, factor: Array | None
-  ) -> list[Array]:
-    """e_a^j · e_m^k (rows, columns) for every block (a, m), times `factor` if any."""
-
-    def product(x: Array, y: Array) -> Array:
-      return _product(self.precision, x, y)
-
-    if not self.mixed:
-      banks, others = tuple(rows), tuple(columns)
-      table = {(a, m): product(banks[a], others[m]) for a, m in self.blocks}
-    else:
-      table = _mixed(product, rows, columns)
-    found = [table[block] for block in self.blocks]
-    return found if factor is None else [factor * x for x in found]
-
   def factor(self, rows: Block, columns: Block) -> Array | None:
     """1 − the cosine of the features, (rows, columns); None without features."""
     if rows.features is None:
@@ -260,14 +316,17 @@ def _updated(
   return Running(jnp.stack(peaks), jnp.stack(totals))
 
 
-def _mixed(product, rows: Vectors, columns: Vectors) -> dict[tuple[int, int], Array]:
-  """The nine similarities from four products; what is not read is never computed."""
-  image, text, mix = rows
-  other_image, other_text, other_mix = columns
+def _nine(
+  a: Array, b: Array, c: Array, t: Array, mix: Mix, other: Mix
+) -> dict[tuple[int, int], Array]:
+  """The nine similarities (R, C) of a Mix from four; what is not read costs nothing.
+
+  Args:
+    a, b, c, t: image · image, image · text, text · image, text · text.
+    mix: (R,) each, of the rows. other: (C,) each, of the columns.
+  """
   alpha, beta = (weight[:, None] for weight in mix)
-  other_alpha, other_beta = (weight[None, :] for weight in other_mix)
-  a, b = product(image, other_image), product(image, other_text)
-  c, t = product(text, other_image), product(text, other_text)
+  other_alpha, other_beta = (weight[None, :] for weight in other)
   image_fused = other_alpha * a + other_beta * b
   text_fused = other_alpha * c + other_beta * t
   return {
@@ -286,28 +345,3 @@ def _mixed(product, rows: Vectors, columns: Vectors) -> dict[tuple[int, int], Ar
 def is_mixed(pairs: Pairs) -> bool:
   """Whether the fused embeddings are a Mix."""
   return isinstance(pairs.fused, Mix)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(precision: jax.lax.Precision, rows: Array, columns: Array) -> Array:
-  """`similarities`, with a faster way back to the columns."""
-  return similarities(rows, columns, precision)
-
-
-def _product_forward(precision, rows, columns):
-  return _product(precision, rows, columns), (rows, columns)
-
-
-def _product_backward(precision, saved, weights):
-  rows, columns = saved
-
-  def dot(x, y):
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-  # weightsᵀ rows as (rowsᵀ weights)ᵀ: a CPU's product with its left side transposed
-  # runs at three quarters of the rate, and transposing (B, D) is cheap.
-  turned = jax.lax.optimization_barrier(rows.T)
-  return dot(weights, columns), dot(turned, weights).T
-
-
-_product.defvjp(_product_forward, _product_backward)
