@@ -30,7 +30,7 @@ BLOCKS = {"cpu": 256}
 BLOCK_ELSEWHERE = 512
 # A tile of the kernels is squares of its own: the more, the fewer and larger the
 # products that follow them.
-_KERNEL_BLOCK = 4096
+KERNEL_BLOCK = 4096
 # Above this many bytes of gathered embeddings a device, `auto` sends them round instead.
 _RING_ABOVE = 2**31
 
@@ -92,7 +92,7 @@ def make_plan(
   size = block_size or default_block(mesh)
   if kernel == "pallas":
     tile = kernels.kernel_tile(tile, pairs.image.shape[1], _platform(mesh))
-    size = block_size or _KERNEL_BLOCK
+    size = block_size or KERNEL_BLOCK
   return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)
 
 

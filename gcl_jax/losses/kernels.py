@@ -23,13 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gcl_jax.fusion import Mix
+from gcl_jax.losses.pairs import KERNEL_DEPTH
 from gcl_jax.losses.tiles import Anchors, Block, Running, Tile, Vectors
 
 # Rows and columns of a square: the four float32 accumulators of a Mix take 64 KiB of
 # the 256 KiB of registers that a processor has.
 SIDE = 64
 # Of the embeddings, a step of a product: the widest of these that divides them.
-_DEPTHS = (64, 32, 16)
+_DEPTHS = (64, 32, KERNEL_DEPTH)
 _PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
@@ -183,9 +184,9 @@ def kernel_tile(tile: Tile, depth: int, platform: str) -> KernelTile:
   Raises:
     ValueError: the depth is not a multiple of 16.
   """
-  if depth % _DEPTHS[-1]:
+  if depth % KERNEL_DEPTH:
     raise ValueError(
-      f"kernel='pallas' takes embeddings of a multiple of {_DEPTHS[-1]} numbers, not "
+      f"kernel='pallas' takes embeddings of a multiple of {KERNEL_DEPTH} numbers, not "
       f"of {depth}: use kernel='xla'"
     )
   fields = {f.name: getattr(tile, f.name) for f in dataclasses.fields(tile)}

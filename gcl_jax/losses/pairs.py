@@ -19,6 +19,7 @@ from gcl_jax.fusion import Mix
 
 FORMS = ("auto", "dense", "streaming", "ring")
 KERNELS = ("xla", "pallas")
+KERNEL_DEPTH = 16  # the kernels take D that is a multiple of it
 
 BANKS = ("image", "text", "fused")
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
 from gcl_jax.losses.denominators import DENOMINATORS
-from gcl_jax.losses.pairs import FORMS
+from gcl_jax.losses.pairs import FORMS, KERNEL_DEPTH, KERNELS
 
 SEPARATION_FEATURES = ("none", "initial_text_tower")
 
@@ -28,6 +28,7 @@ def check_loss(config: ConfigDict) -> None:
     "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
     "fusion.of": (config.fusion.of, ("raw", "unit")),
     "loss.form": (loss.form, FORMS),
+    "loss.kernel": (loss.kernel, KERNELS),
     "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
   }
   for field, (value, allowed) in choices.items():
@@ -35,6 +36,11 @@ def check_loss(config: ConfigDict) -> None:
       raise UserError(
         f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
       )
+  if loss.kernel != "xla" and loss.form == "dense":
+    raise UserError(
+      f"config.loss.kernel is {loss.kernel!r}, but config.loss.form is 'dense', which "
+      "has no tiles: take another form, or kernel xla."
+    )
   direction_weights(config)
   scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
   capped = config.temperature.mode == "learned" and top
@@ -50,6 +56,19 @@ def check_loss(config: ConfigDict) -> None:
     raise UserError(
       f"config.loss.separation_features is {features!r}: it is none, initial_text_tower "
       "or a .npy file with one row per record."
+    )
+
+
+def check_kernel(config: ConfigDict, depth: int) -> None:
+  """Refuses kernels for embeddings of so many numbers, where they take none such.
+
+  Raises:
+    UserError: naming both.
+  """
+  if config.loss.kernel == "pallas" and depth % KERNEL_DEPTH:
+    raise UserError(
+      f"config.loss.kernel is 'pallas', whose kernels take embeddings of a multiple of "
+      f"{KERNEL_DEPTH} numbers, and this model's have {depth}: leave it at xla."
     )
 
 

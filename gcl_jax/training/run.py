@@ -31,7 +31,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, make_mesh, put_batch
-from gcl_jax.training.check import check_loss, check_numbers
+from gcl_jax.training.check import check_kernel, check_loss, check_numbers
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -192,6 +192,7 @@ def _assemble(
   """Everything that can be refused first, the parameters (which compile) last."""
   features = _separation_features(config, len(source))
   model, processor, first_params = make_start(config, source, stored, trained)
+  check_kernel(config, model.config.projection_dim)
   shapes = model.abstract()
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
   frozen = frozen_mask(config.optimizer, config.temperature, shapes)

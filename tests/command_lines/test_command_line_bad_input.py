@@ -96,6 +96,8 @@ def refused(config, workdir, monkeypatch):
     ({"loss.denominator": "all"}, "self_masked"),
     ({"loss.direction_weights": (1, 2)}, "3 rows of 3 weights"),
     ({"loss.form": "fast"}, "dense"),
+    ({"loss.kernel": "cuda"}, "config.loss.kernel is 'cuda': it is one of xla, pallas"),
+    ({"loss.kernel": "pallas", "loss.form": "dense"}, "'dense', which has no tiles"),
     ({"temperature.mode": "free"}, "learned, fixed"),
     ({"temperature.mode": "learned", "temperature.logit_scale": 150.0}, "1/tau"),
     ({"fusion.of": "cooked"}, "raw"),

@@ -82,6 +82,22 @@ def test_whole_pairs_take_one_exponential():
     assert error(x, y) <= 1e-5
 
 
+def test_what_is_missing_is_masked_before_the_exponential():
+  """Anchors at −100 throughout: a missing candidate's exp(0 + 100) is infinite."""
+  image = jnp.tile(jnp.eye(WIDTH)[:1], (70, 1))
+  there = {"has_image": jnp.arange(70) != 3, "has_text": jnp.arange(70) != 66}
+
+  def run(**options):
+    def loss(image, text):
+      return contrastive_loss(image, text, logit_scale=100.0, **there, **options)[0]
+
+    value = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return jax.tree.leaves(value(image, -image))
+
+  for x, y in zip(run(kernel="pallas", block_size=64), run(form="dense"), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["mix", "bank"])
 def test_they_lower_for_a_gpu(kind, monkeypatch):
   """To Triton's intermediate language, for what no interpreter sees."""

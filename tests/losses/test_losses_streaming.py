@@ -10,7 +10,7 @@ import pytest
 from loss_oracle import error
 
 from gcl_jax.fusion import Mix
-from gcl_jax.losses import contrastive_loss, engine, gcl_loss, streaming, tiles
+from gcl_jax.losses import contrastive_loss, engine, gcl_loss, tiles
 from gcl_jax.losses.pairs import make_pairs
 from gcl_jax.losses.tiles import Tile
 from gcl_jax.sharding import make_mesh

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from gcl_jax.errors import UserError
-from gcl_jax.training.check import check_loss, describe_loss, direction_weights
+from gcl_jax.training.check import (
+  check_kernel,
+  check_loss,
+  describe_loss,
+  direction_weights,
+)
 from gcl_jax.training.config import default_config
 
 
@@ -47,3 +52,13 @@ def test_a_fixed_scale_may_exceed_the_cap_of_a_learned_one():
     check_loss(config)
   config.temperature.mode = "fixed"
   check_loss(config)
+
+
+def test_kernels_take_embeddings_of_a_multiple_of_sixteen():
+  config = default_config()
+  config.loss.kernel = "pallas"
+  check_kernel(config, 640)
+  with pytest.raises(
+    UserError, match="multiple of 16 numbers, and this model's have 40"
+  ):
+    check_kernel(config, 40)
