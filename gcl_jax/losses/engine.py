@@ -228,7 +228,7 @@ def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, wei
       )
       return jax.tree.map(jnp.add, gradient, more)
 
-    zeros = jax.tree.map(jnp.zeros_like, block.vectors)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), block.vectors)
     walked = _around(plan, further, zeros, (block, own))
   else:
     columns, others = everybody
