@@ -140,11 +140,6 @@ def check_numbers(config: ConfigDict) -> None:
       value = value[name]
     if not value >= lowest:
       raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
-  if config.mesh.tensor != 1:
-    raise UserError(
-      f"config.mesh.tensor is {config.mesh.tensor}: towers are not split over tensor "
-      "devices yet; leave it at 1."
-    )
   if config.log.wandb and importlib.util.find_spec("wandb") is None:
     raise UserError(
       f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "

@@ -7,11 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gcl_jax.sharding import REPLICATED_PARAMETERS, map_with_path, replicated, shardings
+from gcl_jax.sharding import (
+  PARAMETER_RULES,
+  map_with_path,
+  put,
+  replicated,
+  shardings,
+  state_shardings,
+)
 from gcl_jax.training.objective import Objective
 from gcl_jax.training.optimizer import cap_logit_scale
 
@@ -19,12 +27,34 @@ from gcl_jax.training.optimizer import cap_logit_scale
 #  "bad_records": int32 unreadable records so far, over all processes,
 #  "failed_step": int32, the first step whose loss or update was not finite, or -1}
 State = dict[str, Any]
+_COUNTERS = {"step": 0, "bad_records": 0, "failed_step": -1}
 Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
 
 
 def place_parameters(params: Any, mesh: Mesh) -> Any:
-  """Parameters on the mesh, by the sharding rules."""
-  return jax.device_put(params, shardings(mesh, params, REPLICATED_PARAMETERS))
+  """Parameters on the mesh, by the sharding rules; copies.
+
+  Raises:
+    UserError: an axis of the mesh does not divide what it splits.
+  """
+  return put(params, shardings(mesh, params, PARAMETER_RULES))
+
+
+def places_of_state(
+  shapes: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+  """Where every array of a state lies: moments with their parameters.
+
+  Raises:
+    UserError: as `place_parameters`.
+  """
+  params = shardings(mesh, shapes, PARAMETER_RULES)
+  moments = jax.eval_shape(optimizer.init, shapes)
+  return {
+    "params": params,
+    "optimizer": state_shardings(mesh, moments, shapes, params),
+    **dict.fromkeys(_COUNTERS, replicated(mesh)),
+  }
 
 
 def init_state(
@@ -34,19 +64,15 @@ def init_state(
 
   The arrays are copies: the step donates them, and the caller keeps its own.
   """
-  placed = jax.tree.map(jnp.copy, place_parameters(params, mesh))
-  everywhere = replicated(mesh)
-  # The moments take their parameters' places; counters go everywhere.
-  moments = jax.jit(optimizer.init)(placed)
-  moments = jax.device_put(moments, jax.tree.map(lambda _: everywhere, moments))
-  counters = {"step": 0, "bad_records": 0, "failed_step": -1}
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  places = places_of_state(shapes, optimizer, mesh)
+  placed = put(params, places["params"])
+  moments = jax.jit(optimizer.init, out_shardings=places["optimizer"])(placed)
+  counters = {name: np.int32(value) for name, value in _COUNTERS.items()}
   return {
     "params": placed,
     "optimizer": moments,
-    **{
-      name: jax.device_put(jnp.int32(value), everywhere)
-      for name, value in counters.items()
-    },
+    **put(counters, {name: places[name] for name in counters}),
   }
 
 
@@ -55,6 +81,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   frozen: Any,
   temperature: ConfigDict,
+  places: State | None = None,
 ) -> Step:
   """One optimizer step, jitted, with the state donated.
 
@@ -63,6 +90,7 @@ def make_step(
     optimizer: of `make_optimizer`.
     frozen: a tree of bools like the parameters: no gradient is computed for these.
     temperature: `config.temperature`.
+    places: of `places_of_state`: where the new state lies; None leaves it to JAX.
 
   Returns:
     step(state, batch, constants) -> (state, metrics). Metrics are float32 scalars on
@@ -97,7 +125,8 @@ def make_step(
     norms = {"gradient_norm": grad_norm, "update_norm": update_norm}
     return new_state, {**metrics, **norms}
 
-  return jax.jit(step, donate_argnums=0)
+  out = None if places is None else (places, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def count_parameters(params: Any) -> dict[str, int]:

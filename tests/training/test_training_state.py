@@ -13,11 +13,15 @@ from gcl_jax.training.state import init_state, make_step
 def tiny_step():
   config = default_config()
   config.optimizer.learning_rate = 0.1
-  params = {"a": {"kernel": jnp.ones((2, 2))}, "logit_scale": jnp.float32(0.0)}
+  params = {
+    "image_projection": {"kernel": jnp.ones((2, 2))},
+    "logit_scale": jnp.float32(0.0),
+  }
   mesh = make_mesh(devices=jax.devices()[:1])
 
   def objective(params, batch, constants):
-    loss = (params["a"]["kernel"] * batch["x"].sum()).sum() + params["logit_scale"]
+    kernel = params["image_projection"]["kernel"]
+    loss = (kernel * batch["x"].sum()).sum() + params["logit_scale"]
     return loss, {"loss": loss}
 
   optimizer = optimizers.make_optimizer(
