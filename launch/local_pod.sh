@@ -109,8 +109,8 @@ while true; do
   restarts=$((restarts - 1))
   say "starting again; $restarts restarts are left after this one"
 done
-if ((code == 0)) && [[ -z "${LOGS:-}" ]]; then
-  rm -r "$logs"
+if ((code == 0)); then
+  [[ -n "${LOGS:-}" ]] || rm -r "$logs"
 elif ((processes > 1)); then
   say "output of processes 1 to $((processes - 1)): $logs"
 fi

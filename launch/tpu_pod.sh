@@ -146,7 +146,7 @@ train() {
   (($#)) || fail "usage: $usage"
   [[ " $* " == *" --workdir="@(gs://|/)* ]] || fail "add --workdir=gs://BUCKET/FOLDER (or the \
 path of storage that every worker mounts): the workers share the run's folder."
-  ours="$(quoted --distributed --config="$1" "${@:2}")"
+  ours="$(quoted python -m gcl_jax.train --distributed --config="$1" "${@:2}")"
   while true; do
     ready
     if [[ -z "$dry$installed$fresh" ]]; then  # perhaps it runs already

@@ -2,13 +2,13 @@
 # What launch/tpu_pod.sh runs on every worker of a slice, in the copy of the repository there.
 # The training process outlives the connection that started it: its output is in
 # ~/gcl_jax_run/log, and whoever holds ~/gcl_jax_run/lock is it.
-#   tpu_worker.sh install       a virtual environment with the requirements and libtpu
-#   tpu_worker.sh start ARGS    python -m gcl_jax.train ARGS, unless it runs already
-#   tpu_worker.sh attach ARGS   fails unless it runs already
-#   tpu_worker.sh follow        its output until it ends
-#   tpu_worker.sh wait          waits for its end, prints "exit=CODE"; where it failed, the
-#                               end of its output
-#   tpu_worker.sh stop          SIGTERM; waits. A run so stopped counts as 130, not as 75
+#   tpu_worker.sh install         a virtual environment with the requirements and libtpu
+#   tpu_worker.sh start COMMAND   in that environment, unless it runs already
+#   tpu_worker.sh attach COMMAND  fails unless it runs already
+#   tpu_worker.sh follow          its output until it ends
+#   tpu_worker.sh wait            waits for its end, prints "exit=CODE"; where it failed, the
+#                                 end of its output
+#   tpu_worker.sh stop            SIGTERM; waits. A run so stopped counts as 130, not as 75
 # Each may be given twice: gcloud repeats a command whose connection broke.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ install() {
     -r requirements.txt 'jax[tpu]' gcsfs
 }
 
-attach() {  # 0: these arguments run; 1: nothing does; 2: something else
+attach() {  # 0: this command runs; 1: nothing does; 2: something else
   local command
   runs || return 1
   command="$(cat "$folder/command")"
@@ -44,14 +44,14 @@ start() {
   fi
   printf '%q ' "$@" >"$folder/command"
   rm -f "$folder/exit" "$folder/pid" "$folder/stopped"
+  export PATH="$venv/bin:$PATH"
   # shellcheck disable=SC2016  # expanded by the inner shells
   setsid nohup flock --nonblock "$folder/lock" bash -c '
     trap : TERM  # a shutdown signals this shell too, and the exit code is still to come
     code=0
     bash -c '\''echo $$ >"$0/pid" && exec "$@"'\'' "$@" || code=$?
     echo "$code" >"$0/exit"
-  ' "$folder" "$folder" "$venv/bin/python" -m gcl_jax.train "$@" \
-    </dev/null >"$folder/log" 2>&1 &
+  ' "$folder" "$folder" "$@" </dev/null >"$folder/log" 2>&1 &
   until [[ -e "$folder/pid" ]]; do sleep 0.1; done
 }
 
@@ -81,5 +81,6 @@ case "${1-}" in
   install | follow | stop) "$1" ;;
   attach | start) "$@" ;;
   wait) wait_for ;;
-  *) fail "usage: launch/tpu_worker.sh install | start ARGS | attach ARGS | follow | wait | stop" ;;
+  *) fail "usage: launch/tpu_worker.sh install | start COMMAND | attach COMMAND | follow | \
+wait | stop" ;;
 esac
