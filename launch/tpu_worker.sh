@@ -38,6 +38,7 @@ attach() {  # 0: this command runs; 1: nothing does; 2: something else
 }
 
 start() {
+  local i
   if runs; then
     attach "$@"
     return
@@ -52,7 +53,12 @@ start() {
     bash -c '\''echo $$ >"$0/pid" && exec "$@"'\'' "$@" || code=$?
     echo "$code" >"$0/exit"
   ' "$folder" "$folder" "$@" </dev/null >"$folder/log" 2>&1 &
-  until [[ -e "$folder/pid" ]]; do sleep 0.1; done
+  for ((i = 0; i < 100; i++)); do
+    [[ ! -e "$folder/pid" ]] || return 0
+    sleep 0.1
+  done
+  cat "$folder/log" >&2
+  return 1
 }
 
 follow() {

@@ -1,10 +1,12 @@
 """Stub commands on PATH: the launchers run as they are, the machines they talk to do not."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ class Launches:
       "STUBS": str(folder),
       "XLA_FLAGS": "",
     }
+    self.started: list[subprocess.Popen] = []
     self.stub("python", PYTHON.format(python=sys.executable))
 
   def stub(self, name: str, text: str) -> None:
@@ -54,14 +57,17 @@ class Launches:
     self.environment["TRAIN"] = str(path)
 
   def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    process = subprocess.Popen(
       ["bash", ROOT / "launch" / script, *arguments],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
       env={**self.environment, **environment},
       cwd=self.folder,
+      start_new_session=True,
     )
+    self.started.append(process)
+    return process
 
   def run(self, script: str, *arguments: str, **environment: str):
     process = self.start(script, *arguments, **environment)
@@ -79,5 +85,10 @@ class Launches:
 
 
 @pytest.fixture
-def launches(tmp_path) -> Launches:
-  return Launches(tmp_path)
+def launches(tmp_path) -> Iterator[Launches]:
+  launches = Launches(tmp_path)
+  yield launches
+  for process in launches.started:  # what a failed test left running
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()

@@ -26,15 +26,15 @@ def save(*_):
   note("saved")
   sys.exit(75)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "stubborn" else save)
-with open(os.environ["STUBS"] + "/pid-" + me, "w") as file:
-  file.write(str(os.getpid()))
-note("ready")
-if what == "after":  # ends with numbers[0], half a second after the start
-  time.sleep(0.5)
-if what in ("exit", "after"):
-  sys.exit(int(numbers[0]))
 try:
-  time.sleep(30)
+  with open(os.environ["STUBS"] + "/pid-" + me, "w") as file:
+    file.write(str(os.getpid()))
+  note("ready")
+  if what == "after":  # ends with numbers[0], half a second after the start
+    time.sleep(0.5)
+  if what in ("exit", "after"):
+    sys.exit(int(numbers[0]))
+  time.sleep(100)
 except KeyboardInterrupt:
   note("interrupted")
   sys.exit(130)

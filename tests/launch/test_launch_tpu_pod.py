@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # The state of the cloud is $STUBS/cloud.json; worker I's home is $STUBS/worker-I. Calls that
 # change something are noted in $JOURNAL.
 GCLOUD = r"""
-import json, os, pathlib, re, shutil, subprocess, sys
+import json, os, pathlib, re, shutil, signal, subprocess, sys
 stubs = pathlib.Path(os.environ["STUBS"])
 state = stubs / "cloud.json"
 cloud = json.loads(state.read_text())
@@ -56,11 +56,19 @@ elif verb == "ssh":
   chosen = homes() if flags["worker"] == "all" else [homes()[int(flags["worker"])]]
   running = [
     subprocess.Popen(
-      ["bash", "-c", flags["command"]], cwd=home, env={**os.environ, "HOME": str(home)}
+      ["bash", "-c", flags["command"]],
+      cwd=home,
+      env={**os.environ, "HOME": str(home)},
+      start_new_session=True,
     )
     for home in chosen
   ]
   codes = [r.wait() for r in running]
+  for r in running:  # the connection closes
+    try:
+      os.killpg(r.pid, signal.SIGHUP)
+    except ProcessLookupError:
+      pass
   sys.exit(next((code for code in codes if code), 0))
 """
 
