@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,6 +13,8 @@ from ml_collections import ConfigDict
 from gcl_jax.errors import UserError
 from gcl_jax.losses.denominators import DENOMINATORS
 from gcl_jax.losses.pairs import FORMS
+from gcl_jax.training.optimizer import LOCKS
+from gcl_jax.training.update_rules import RULES
 
 SEPARATION_FEATURES = ("none", "initial_text_tower")
 
@@ -22,19 +26,17 @@ def check_loss(config: ConfigDict) -> None:
     UserError: naming the field, what it holds, and what it may hold.
   """
   loss = config.loss
-  choices = {
-    "loss.name": (loss.name, ("gcl", "contrastive")),
-    "loss.denominator": (loss.denominator, DENOMINATORS),
-    "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
-    "fusion.of": (config.fusion.of, ("raw", "unit")),
-    "loss.form": (loss.form, FORMS),
-    "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-  }
-  for field, (value, allowed) in choices.items():
-    if value not in allowed:
-      raise UserError(
-        f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
-      )
+  _check_choices(
+    config,
+    {
+      "loss.name": ("gcl", "contrastive"),
+      "loss.denominator": DENOMINATORS,
+      "temperature.mode": ("learned", "fixed"),
+      "fusion.of": ("raw", "unit"),
+      "loss.form": FORMS,
+      "model.dtype": ("float32", "bfloat16"),
+    },
+  )
   direction_weights(config)
   scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
   capped = config.temperature.mode == "learned" and top
@@ -112,15 +114,15 @@ def check_numbers(config: ConfigDict) -> None:
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
+    "optimizer.adamw_learning_rate": 0,
     "data.threads": 0,
     "data.prefetch": 0,
   }
   for field, lowest in at_least.items():
-    value = config
-    for name in field.split("."):
-      value = value[name]
+    value = _field(config, field)
     if not value >= lowest:
       raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
+  check_optimizer(config)
   if config.mesh.tensor != 1:
     raise UserError(
       f"config.mesh.tensor is {config.mesh.tensor}: towers are not split over tensor "
@@ -131,3 +133,44 @@ def check_numbers(config: ConfigDict) -> None:
       f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "
       "pip install wandb, or leave the field empty."
     )
+
+
+def check_optimizer(config: ConfigDict) -> None:
+  """Refuses what `config.optimizer` cannot mean.
+
+  Raises:
+    UserError: naming the field.
+  """
+  _check_choices(
+    config,
+    {
+      "optimizer.name": tuple(RULES),
+      "optimizer.moment_dtype": ("float32", "bfloat16"),
+      "optimizer.locked_tower": ("", *LOCKS),
+    },
+  )
+  for field in ("b1", "b2", "muon_momentum"):
+    value = config.optimizer[field]
+    if not 0 <= value < 1:
+      raise UserError(
+        f"config.optimizer.{field} is {value}: it is at least 0 and below 1."
+      )
+  if not 0 < config.optimizer.layer_decay <= 1:
+    raise UserError(
+      f"config.optimizer.layer_decay is {config.optimizer.layer_decay}: it is above 0 and "
+      "at most 1 (off)."
+    )
+
+
+def _check_choices(config: ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
+  for field, allowed in choices.items():
+    value = _field(config, field)
+    if value not in allowed:
+      names = ", ".join(name or '""' for name in allowed)
+      raise UserError(f"config.{field} is {value!r}: it is one of {names}.")
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+  for name in path.split("."):
+    config = config[name]
+  return config

@@ -63,19 +63,30 @@ def default_config() -> ConfigDict:
   config.temperature.max_logit_scale = 100.0  # cap when learned; 0: none
 
   config.optimizer = ConfigDict()
-  config.optimizer.name = "adamw"
+  config.optimizer.name = "adamw"  # lion, adafactor, lamb or muon: see update_rules
   config.optimizer.learning_rate = 1e-5  # peak
+  # Muon moves the blocks' matrices; all else is AdamW's, with this peak (0: the same).
+  config.optimizer.adamw_learning_rate = 0.0
   config.optimizer.warmup_steps = 0  # linear, from 0
   config.optimizer.schedule = "cosine"  # cosine or constant, after the warm-up
   config.optimizer.final_fraction = 0.0  # of the peak, at the end of the cosine
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.98
+  config.optimizer.b1 = 0.9  # momentum; 0 for Adafactor: none, and hardly any state
+  config.optimizer.b2 = 0.98  # for Adafactor: the most its decay grows to
   config.optimizer.eps = 1e-6
-  config.optimizer.weight_decay = 0.2  # kernels and embeddings only
+  config.optimizer.muon_momentum = 0.95
+  # float32, or bfloat16 for the first moment (momentum). The second stays float32: with
+  # b2 near 1 a step changes it by less than bfloat16 can hold.
+  config.optimizer.moment_dtype = "float32"
+  config.optimizer.weight_decay = 0.2  # kernels, embeddings and LoRA's factors only
   config.optimizer.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
   # First match wins: (pattern of the whole path, factor on the learning rate). A factor
   # of 0 freezes: (("text.*", 0.0),) trains all but the text tower and its projection.
   config.optimizer.multipliers = ()
+  # A further factor: this to the power of the blocks above, so that what is near the
+  # input learns slowest (0.65 to 0.9 is usual). 1: off.
+  config.optimizer.layer_decay = 1.0
+  # image or text: that tower and its projection keep their bits. image is LiT.
+  config.optimizer.locked_tower = ""
 
   config.data = ConfigDict()
   config.data.source = "table"  # table, tfds or scenes

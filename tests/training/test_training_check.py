@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from gcl_jax.errors import UserError
-from gcl_jax.training.check import check_loss, describe_loss, direction_weights
+from gcl_jax.training.check import (
+  check_loss,
+  check_numbers,
+  describe_loss,
+  direction_weights,
+)
 from gcl_jax.training.config import default_config
 
 
@@ -47,3 +52,27 @@ def test_a_fixed_scale_may_exceed_the_cap_of_a_learned_one():
     check_loss(config)
   config.temperature.mode = "fixed"
   check_loss(config)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("optimizer.name", "sgd", "'sgd': it is one of adamw, lion, adafactor, lamb, muon"),
+    ("optimizer.moment_dtype", "float16", "it is one of float32, bfloat16"),
+    ("optimizer.locked_tower", "vision", 'it is one of "", image, text'),
+    ("optimizer.b1", 1.0, "is 1.0: it is at least 0 and below 1"),
+    ("optimizer.b2", -0.1, "is -0.1: it is at least 0 and below 1"),
+    ("optimizer.muon_momentum", 1.5, "is 1.5: it is at least 0 and below 1"),
+    ("optimizer.layer_decay", 0.0, "is 0.0: it is above 0 and at most 1"),
+    ("optimizer.layer_decay", 1.5, "is 1.5: it is above 0 and at most 1"),
+    ("optimizer.adamw_learning_rate", -1.0, "is -1.0: it is at least 0"),
+  ],
+)
+def test_what_cannot_be_is_refused_by_name(field, value, message):
+  config = default_config()
+  check_numbers(config)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError) as error:
+    check_numbers(config)
+  assert f"config.{field}" in str(error.value)
+  assert message in str(error.value)
