@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from gcl_jax.checkpoints.folder import read_description
+from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.errors import UserError
 from gcl_jax.models import Model, build
 from gcl_jax.processing import Processor
@@ -143,8 +145,8 @@ def read_run(
     step: which checkpoint; None is the newest.
 
   Returns:
-    The model, its parameters (nested dict of float32 NumPy arrays), the processor and
-    the run's config.
+    The model, its parameters (nested dict of float32 NumPy arrays; their averages where
+    the run keeps some), the processor and the run's config.
 
   Raises:
     UserError: no run, no checkpoint yet, or no such step.
@@ -164,11 +166,20 @@ def read_run(
     remat=run.config.model.remat,
   )
   folder = Path(workdir).absolute() / "checkpoints" / str(step or steps[-1]) / "state"
-  wanted = {"params": model.abstract()}
+  wanted = {"params": model.abstract(), **_averages(folder)}
   as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   with ocp.PyTreeCheckpointer() as reader:
     restored = reader.restore(
       folder,
       args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
     )
-  return model, restored["params"], run.processor, run.config
+  return model, weights_in_use(restored), run.processor, run.config
+
+
+def _averages(folder: Path) -> dict[str, Any]:
+  """{"ema": shapes} where a checkpoint holds averages: of what, only its files know."""
+  handler = ocp.PyTreeCheckpointHandler()
+  tree = handler.metadata(epath.Path(folder)).tree
+  handler.close()
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+  return {name: shapes[name] for name in ("ema",) if name in shapes}

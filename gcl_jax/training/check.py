@@ -80,7 +80,7 @@ def direction_weights(config: ConfigDict) -> np.ndarray | None:
 
 
 def describe_loss(config: ConfigDict) -> str:
-  """One line for tables and cards: which loss, which temperature, which features."""
+  """One line for tables and cards: loss, temperature, features, averaged weights."""
   loss = config.loss
   name = "CL" if loss.name == "contrastive" else f"GCL ({loss.denominator})"
   if loss.intra_modal_separation:
@@ -89,7 +89,9 @@ def describe_loss(config: ConfigDict) -> str:
     name += f" + {loss.intra_modal_separation} x image separation (features: {of})"
   if direction_weights(config) is not None and loss.name == "gcl":
     name += f", direction weights {np.asarray(loss.direction_weights).tolist()}"
-  return f"Loss: {name}; logit scale {config.temperature.mode}."
+  decay = config.get("ema_decay", 0.0)  # older runs have no such field
+  weights = f" Weights: their moving average (decay {decay})." if decay else ""
+  return f"Loss: {name}; logit scale {config.temperature.mode}.{weights}"
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -122,6 +124,10 @@ def check_numbers(config: ConfigDict) -> None:
     value = _field(config, field)
     if not value >= lowest:
       raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
+  if not 0 <= config.ema_decay < 1:
+    raise UserError(
+      f"config.ema_decay is {config.ema_decay}: it is at least 0 (off) and below 1."
+    )
   check_optimizer(config)
   if config.mesh.tensor != 1:
     raise UserError(

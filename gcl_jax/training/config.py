@@ -21,6 +21,10 @@ def default_config() -> ConfigDict:
   # those of the whole batch (GradCache). Less memory for one more forward pass.
   config.microbatches = 1
 
+  # Keep a moving average of the trained parameters, with this decay (0.999 is usual) or,
+  # early in the run, less. It is what is evaluated and exported. 0: none.
+  config.ema_decay = 0.0
+
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
   # From scratch: a factor on the vision tower's first position embeddings. transformers

@@ -26,11 +26,13 @@ from gcl_jax.checkpoints import (
 )
 from gcl_jax.checkpoints.folder import check_free
 from gcl_jax.checkpoints.manager import saved_steps
+from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, make_mesh, put_batch
+from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_loss, check_numbers
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
@@ -127,12 +129,14 @@ def train(
   writer = MetricWriter(workdir, config, latest or 0)
   try:
     state = init_state(parts.params, parts.optimizer, mesh)
+    if config.ema_decay:
+      state = begin_average(state, parts.frozen)
     if latest is not None:
       state, batches.position = checkpoints.restore(latest, state)
       print(f"going on from step {latest}", file=sys.stderr, flush=True)
 
     def evaluate_and_keep(state: Any, step: int) -> None:
-      result = evaluate(parts.model, state["params"], parts.processor, mesh)
+      result = evaluate(parts.model, weights_in_use(state), parts.processor, mesh)
       checkpoints.wait()
       write_result(workdir, step, result)
       results[step] = result
@@ -149,7 +153,11 @@ def train(
       config=config,
       total_steps=total_steps,
       step_function=make_step(
-        parts.objective, parts.optimizer, parts.frozen, config.temperature
+        parts.objective,
+        parts.optimizer,
+        parts.frozen,
+        config.temperature,
+        ema_decay=config.ema_decay,
       ),
       batches=batches,
       place=lambda batch: put_batch(mesh, _rows(batch, parts.features)),

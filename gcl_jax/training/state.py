@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gcl_jax.sharding import REPLICATED_PARAMETERS, map_with_path, replicated, shardings
+from gcl_jax.training.average import next_average
 from gcl_jax.training.objective import Objective
 from gcl_jax.training.optimizer import cap_logit_scale
 
 # {"params", "optimizer": optax state, "step": int32 steps taken,
 #  "bad_records": int32 unreadable records so far, over all processes,
-#  "failed_step": int32, the first step whose loss or update was not finite, or -1}
+#  "failed_step": int32, the first step whose loss or update was not finite, or -1,
+#  and where the run keeps an average "ema": that of the trained parameters (average.py)}
 State = dict[str, Any]
 Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
 
@@ -55,6 +57,8 @@ def make_step(
   optimizer: optax.GradientTransformation,
   frozen: Any,
   temperature: ConfigDict,
+  *,
+  ema_decay: float = 0.0,
 ) -> Step:
   """One optimizer step, jitted, with the state donated.
 
@@ -63,6 +67,7 @@ def make_step(
     optimizer: of `make_optimizer`.
     frozen: a tree of bools like the parameters: no gradient is computed for these.
     temperature: `config.temperature`.
+    ema_decay: `config.ema_decay`, of a state that keeps an average.
 
   Returns:
     step(state, batch, constants) -> (state, metrics). Metrics are float32 scalars on
@@ -94,6 +99,10 @@ def make_step(
       "bad_records": state["bad_records"] + unread.sum().astype(jnp.int32),
       "failed_step": jnp.where(first, state["step"] + 1, state["failed_step"]),
     }
+    if "ema" in state:
+      new_state["ema"] = next_average(
+        state["ema"], new_params, state["step"], ema_decay
+      )
     norms = {"gradient_norm": grad_norm, "update_norm": update_norm}
     return new_state, {**metrics, **norms}
 

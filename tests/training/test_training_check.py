@@ -23,6 +23,9 @@ def test_the_loss_is_described_with_its_features():
   assert describe_loss(config) == (
     "Loss: CL + 0.5 x image separation (features: tfidf.npy); logit scale fixed."
   )
+  config = default_config()
+  config.ema_decay = 0.99
+  assert describe_loss(config).endswith(" Weights: their moving average (decay 0.99).")
 
 
 def test_direction_weights_come_as_rows_or_flat():
@@ -60,6 +63,8 @@ def test_a_fixed_scale_may_exceed_the_cap_of_a_learned_one():
     ("optimizer.name", "sgd", "'sgd': it is one of adamw, lion, adafactor, lamb, muon"),
     ("optimizer.moment_dtype", "float16", "it is one of float32, bfloat16"),
     ("optimizer.locked_tower", "vision", 'it is one of "", image, text'),
+    ("ema_decay", 1.0, "is 1.0: it is at least 0 (off) and below 1"),
+    ("ema_decay", -0.1, "is -0.1: it is at least 0 (off) and below 1"),
     ("optimizer.b1", 1.0, "is 1.0: it is at least 0 and below 1"),
     ("optimizer.b2", -0.1, "is -0.1: it is at least 0 and below 1"),
     ("optimizer.muon_momentum", 1.5, "is 1.5: it is at least 0 and below 1"),
