@@ -146,7 +146,7 @@ def read_run(
 
   Returns:
     The model, its parameters (nested dict of float32 NumPy arrays; their averages where
-    the run keeps some), the processor and the run's config.
+    the run keeps some, and LoRA's factors merged), the processor and the run's config.
 
   Raises:
     UserError: no run, no checkpoint yet, or no such step.
@@ -166,20 +166,29 @@ def read_run(
     remat=run.config.model.remat,
   )
   folder = Path(workdir).absolute() / "checkpoints" / str(step or steps[-1]) / "state"
-  wanted = {"params": model.abstract(), **_averages(folder)}
+  extra = _extra_shapes(folder)
+  wanted = {**extra, "params": {**model.abstract(), **extra["params"]}}
   as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   with ocp.PyTreeCheckpointer() as reader:
     restored = reader.restore(
       folder,
       args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
     )
-  return model, weights_in_use(restored), run.processor, run.config
+  alpha = run.config.get("lora", {}).get("alpha", 1.0)  # older runs have no LoRA
+  params = jax.tree.map(np.asarray, weights_in_use(restored, alpha))
+  return model, params, run.processor, run.config
 
 
-def _averages(folder: Path) -> dict[str, Any]:
-  """{"ema": shapes} where a checkpoint holds averages: of what, only its files know."""
+def _extra_shapes(folder: Path) -> dict[str, Any]:
+  """Shapes of what a state may hold beside the model's parameters, as its files say.
+
+  That is `ema`, the averages of what was trained, and `params/lora`.
+  """
   handler = ocp.PyTreeCheckpointHandler()
   tree = handler.metadata(epath.Path(folder)).tree
   handler.close()
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-  return {name: shapes[name] for name in ("ema",) if name in shapes}
+  extra = {name: tree[name] for name in ("ema",) if name in tree}
+  extra["params"] = {
+    name: tree["params"][name] for name in ("lora",) if name in tree["params"]
+  }
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), extra)

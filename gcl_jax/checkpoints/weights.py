@@ -1,4 +1,4 @@
-"""The weights of a training state that are to be used: averaged where the run averages.
+"""The weights of a training state that are to be used: averages, with LoRA merged.
 
 The one place that knows it, for the evaluation while training as for a folder read
 later: what `config.eval.best` chose is what is exported.
@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gcl_jax.models.lora import merge_lora
 
-def weights_in_use(state: Mapping[str, Any]) -> Any:
+
+def weights_in_use(state: Mapping[str, Any], alpha: float) -> Any:
   """The parameters to evaluate, search with and export.
 
   Args:
     state: `params`, and `ema` where the run keeps an average: a nested dict of the
       averages of what is trained, without the rest.
+    alpha: of `config.lora.alpha`; matters where `params` has factors of LoRA's.
 
   Returns:
-    A nested dict like `params`. What is not averaged is the same array.
+    The model's parameters, a nested dict. What is neither averaged nor adapted is the
+    same array.
   """
-  return overlaid(state["params"], state.get("ema", {}))
+  return merge_lora(overlaid(state["params"], state.get("ema", {})), alpha)
 
 
 def overlaid(base: Any, over: Mapping[str, Any]) -> Any:

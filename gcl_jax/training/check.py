@@ -117,6 +117,7 @@ def check_numbers(config: ConfigDict) -> None:
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
     "optimizer.adamw_learning_rate": 0,
+    "lora.rank": 0,
     "data.threads": 0,
     "data.prefetch": 0,
   }
@@ -127,6 +128,13 @@ def check_numbers(config: ConfigDict) -> None:
   if not 0 <= config.ema_decay < 1:
     raise UserError(
       f"config.ema_decay is {config.ema_decay}: it is at least 0 (off) and below 1."
+    )
+  if config.lora.rank and not config.lora.alpha > 0:
+    raise UserError(f"config.lora.alpha is {config.lora.alpha}: it is above 0.")
+  if config.lora.rank and config.optimizer.name == "muon":
+    raise UserError(
+      "config.optimizer.name is muon, which turns whole matrices, and config.lora.rank is "
+      f"{config.lora.rank}, which leaves none to train: use adamw, or rank 0 (no LoRA)."
     )
   check_optimizer(config)
   if config.mesh.tensor != 1:

@@ -92,6 +92,14 @@ def default_config() -> ConfigDict:
   # image or text: that tower and its projection keep their bits. image is LiT.
   config.optimizer.locked_tower = ""
 
+  config.lora = ConfigDict()
+  # Train matrices of this rank beside those of the blocks, which are frozen with all
+  # else in the towers and the projections. 0: off, train all.
+  config.lora.rank = 0
+  config.lora.alpha = 16.0  # what is added is alpha / rank times their product
+  config.lora.image = ("query", "key", "value", "out", "mlp")  # of the image tower
+  config.lora.text = ("query", "key", "value", "out", "mlp")  # (): none of this tower
+
   config.data = ConfigDict()
   config.data.source = "table"  # table, tfds or scenes
   config.data.path = ""  # the folder of a table

@@ -17,6 +17,7 @@ from gcl_jax.losses import (
   intra_modal_separation_loss,
 )
 from gcl_jax.models import Model
+from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.training.check import direction_weights
@@ -59,6 +60,7 @@ def make_objective(
   embed_texts = in_microbatches(embed_text_rows, config.microbatches, mesh)
 
   def objective(params, batch, constants):
+    params = merge_lora(params, config.lora.alpha)
     present = {name: batch[name] for name in ("has_image", "has_text")}
     image, text, mix = embed(params, (batch["pixels"], batch["tokens"], present))
     scale = jnp.exp(params["logit_scale"])

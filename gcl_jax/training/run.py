@@ -32,6 +32,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, make_mesh, put_batch
+from gcl_jax.training.adapters import adapted, adapted_shapes
 from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_loss, check_numbers
 from gcl_jax.training.loop import run_loop
@@ -136,7 +137,8 @@ def train(
       print(f"going on from step {latest}", file=sys.stderr, flush=True)
 
     def evaluate_and_keep(state: Any, step: int) -> None:
-      result = evaluate(parts.model, weights_in_use(state), parts.processor, mesh)
+      weights = weights_in_use(state, config.lora.alpha)
+      result = evaluate(parts.model, weights, parts.processor, mesh)
       checkpoints.wait()
       write_result(workdir, step, result)
       results[step] = result
@@ -200,7 +202,7 @@ def _assemble(
   """Everything that can be refused first, the parameters (which compile) last."""
   features = _separation_features(config, len(source))
   model, processor, first_params = make_start(config, source, stored, trained)
-  shapes = model.abstract()
+  shapes = adapted_shapes(config, model.abstract())
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
   frozen = frozen_mask(config.optimizer, config.temperature, shapes)
   objective = make_objective(model, processor.image, config, mesh)
@@ -208,6 +210,7 @@ def _assemble(
   params = cap_logit_scale(first_params(), config.temperature)
   if _needs_initial(config) and not trained and jax.process_index() == 0:
     write_pretrained(workdir / _INITIAL, model.config, params)
+  params = adapted(params, shapes, config.seed)
   return _Parts(model, params, processor, optimizer, frozen, objective, features)
 
 

@@ -57,7 +57,7 @@ def test_it_follows_the_parameters_faster_at_first():
 def test_what_is_frozen_is_not_stored_twice_and_keeps_its_bits():
   first, *_, last = averaged_run(3, decay=0.9)
   assert last["ema"].keys() == {"vision", "logit_scale"}
-  used = weights_in_use(last)
+  used = weights_in_use(last, 1.0)
   assert jax.tree.structure(used) == jax.tree.structure(last["params"])
   assert used["text"]["kernel"].tobytes() == first["params"]["text"]["kernel"].tobytes()
   assert used["vision"]["kernel"] is last["ema"]["vision"]["kernel"]
@@ -66,4 +66,4 @@ def test_what_is_frozen_is_not_stored_twice_and_keeps_its_bits():
 
 def test_without_an_average_the_parameters_are_used():
   params = {"vision": {"kernel": np.ones(2)}}
-  assert weights_in_use({"params": params}) == params
+  assert weights_in_use({"params": params}, 1.0) == params

@@ -65,6 +65,7 @@ def test_a_fixed_scale_may_exceed_the_cap_of_a_learned_one():
     ("optimizer.locked_tower", "vision", 'it is one of "", image, text'),
     ("ema_decay", 1.0, "is 1.0: it is at least 0 (off) and below 1"),
     ("ema_decay", -0.1, "is -0.1: it is at least 0 (off) and below 1"),
+    ("lora.rank", -1, "is -1: it is at least 0"),
     ("optimizer.b1", 1.0, "is 1.0: it is at least 0 and below 1"),
     ("optimizer.b2", -0.1, "is -0.1: it is at least 0 and below 1"),
     ("optimizer.muon_momentum", 1.5, "is 1.5: it is at least 0 and below 1"),
@@ -81,3 +82,15 @@ def test_what_cannot_be_is_refused_by_name(field, value, message):
     check_numbers(config)
   assert f"config.{field}" in str(error.value)
   assert message in str(error.value)
+
+
+def test_lora_with_what_makes_no_sense_beside_it_is_refused():
+  config = default_config()
+  config.lora.alpha = 0.0
+  check_numbers(config)  # off: not looked at
+  config.lora.rank = 4
+  with pytest.raises(UserError, match=r"config.lora.alpha is 0.0: it is above 0"):
+    check_numbers(config)
+  config.lora.alpha, config.optimizer.name = 1.0, "muon"
+  with pytest.raises(UserError, match=r"is muon.*config.lora.rank is 4.*use adamw"):
+    check_numbers(config)
