@@ -129,6 +129,11 @@ def check_numbers(config: ConfigDict) -> None:
     raise UserError(
       f"config.ema_decay is {config.ema_decay}: it is at least 0 (off) and below 1."
     )
+  if not 0 <= config.model.patch_dropout < 1:
+    raise UserError(
+      f"config.model.patch_dropout is {config.model.patch_dropout}: it is at least 0 (off) "
+      "and below 1."
+    )
   if config.lora.rank and not config.lora.alpha > 0:
     raise UserError(f"config.lora.alpha is {config.lora.alpha}: it is above 0.")
   if config.lora.rank and config.optimizer.name == "muon":

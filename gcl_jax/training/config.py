@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
   # draws them at 0.02, far below the patches: a short run learns no places from that.
   config.init.vision_positions = 1.0
 
-  config.model = ConfigDict()  # used from scratch only, save dtype and remat
+  config.model = ConfigDict()  # name, hf and image_size: used from scratch only
   config.model.name = ""  # a named shape, such as TinyCLIP-ViT-40M-32-Text-19M
   config.model.hf = (
     ConfigDict()
@@ -39,6 +39,10 @@ def default_config() -> ConfigDict:
   config.model.image_size = 0  # pixels a side, over the name's; 0: the shape's own
   config.model.dtype = "float32"  # compute: float32 or bfloat16 (parameters: float32)
   config.model.remat = "none"  # none, or what the backward pass may keep: see models
+
+  # Of every picture's patches, at random, while training: less work a step, and a little
+  # less accuracy. Evaluation sees them all. 0: none.
+  config.model.patch_dropout = 0.0
 
   config.tokenizer = ConfigDict()  # used from scratch only
   config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files

@@ -162,7 +162,7 @@ def train(
         ema_decay=config.ema_decay,
       ),
       batches=batches,
-      place=lambda batch: put_batch(mesh, _rows(batch, parts.features)),
+      place=lambda batch: put_batch(mesh, _rows(batch, parts.features, config)),
       constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
@@ -231,10 +231,15 @@ def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipel
   )
 
 
-def _rows(batch: Mapping[str, np.ndarray], features: np.ndarray | None) -> dict:
+def _rows(
+  batch: Mapping[str, np.ndarray], features: np.ndarray | None, config: ConfigDict
+) -> dict:
   rows = {name: batch[name] for name in _STEP_KEYS}
   if features is not None:
     rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
+  if config.model.patch_dropout:  # whose draws are by place, as the pipeline deals them
+    here = np.arange(len(batch["index"]), dtype=np.int32)
+    rows["place"] = here * jax.process_count() + jax.process_index()
   return rows
 
 

@@ -84,7 +84,7 @@ def make_step(
   def step(state, batch, constants):
     params = state["params"]
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
-      params, batch, constants
+      params, batch, {**constants, "step": state["step"]}
     )
     updates, moments = optimizer.update(grads, state["optimizer"], params)
     new_params = cap_logit_scale(optax.apply_updates(params, updates), temperature)
