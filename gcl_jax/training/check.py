@@ -104,6 +104,7 @@ def check_numbers(config: ConfigDict) -> None:
     "init.vision_positions": 0,
     "tokenizer.vocab_size": 514,  # all bytes, start and end
     "microbatches": 1,
+    "accumulate_steps": 1,
     "log.every": 1,
     "steps": 0,
     "epochs": 0,

@@ -20,6 +20,10 @@ def default_config() -> ConfigDict:
   # The towers see each device's pairs in so many parts; the loss and its gradient are
   # those of the whole batch (GradCache). Less memory for one more forward pass.
   config.microbatches = 1
+  # A step's pairs are cut into so many parts whose gradients are averaged: a pair's
+  # negatives are those of its part alone. Another loss, unlike microbatches; a step is one
+  # update all the same.
+  config.accumulate_steps = 1
 
   # Keep a moving average of the trained parameters, with this decay (0.999 is usual) or,
   # early in the run, less. It is what is evaluated and exported. 0: none.

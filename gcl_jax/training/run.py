@@ -31,7 +31,8 @@ from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processing import Processor
-from gcl_jax.sharding import batch_devices, make_mesh, put_batch
+from gcl_jax.sharding import batch_devices, make_mesh
+from gcl_jax.training.accumulation import put_parts
 from gcl_jax.training.adapters import adapted, adapted_shapes
 from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_loss, check_numbers
@@ -160,9 +161,12 @@ def train(
         parts.frozen,
         config.temperature,
         ema_decay=config.ema_decay,
+        accumulate_steps=config.accumulate_steps,
       ),
       batches=batches,
-      place=lambda batch: put_batch(mesh, _rows(batch, parts.features, config)),
+      place=lambda batch: put_parts(
+        mesh, _rows(batch, parts.features, config), config.accumulate_steps
+      ),
       constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
@@ -271,25 +275,28 @@ def _length(config: ConfigDict, source: Source) -> int:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, source: Source) -> None:
-  parts = batch_devices(mesh)
+  devices = parts = batch_devices(mesh)
   if config.batch_size < 1 or config.batch_size % parts:
     near = max(config.batch_size // parts, 1) * parts
     raise UserError(
       f"config.batch_size is {config.batch_size}, which {parts} devices cannot share "
       f"evenly: {near} or {near + parts} would do."
     )
-  here = config.batch_size // parts
-  if here % config.microbatches:
-    near = max(here // config.microbatches, 1) * config.microbatches * parts
-    raise UserError(
-      f"config.microbatches is {config.microbatches}, which does not divide the {here} "
-      f"pairs of a device (config.batch_size {config.batch_size} over {parts} devices): "
-      f"a batch of {near} would do."
-    )
+  for field in ("accumulate_steps", "microbatches"):
+    here, count = config.batch_size // parts, config[field]
+    if here % count:
+      near = max(here // count, 1) * count * parts
+      cut = "" if parts == devices else f" in {config.accumulate_steps} parts"
+      raise UserError(
+        f"config.{field} is {count}, which does not divide the {here} pairs of a device "
+        f"(config.batch_size {config.batch_size} over {devices} devices{cut}): a batch of "
+        f"{near} would do."
+      )
+    parts *= count
   if config.batch_size > len(source):
     raise UserError(
       f"config.batch_size is {config.batch_size}, but there are only {len(source)} "
-      f"records to train on: at most {len(source) // parts * parts} would do."
+      f"records to train on: at most {len(source) // devices * devices} would do."
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gcl_jax.sharding import REPLICATED_PARAMETERS, map_with_path, replicated, shardings
+from gcl_jax.training.accumulation import over_parts
 from gcl_jax.training.average import next_average
 from gcl_jax.training.objective import Objective
 from gcl_jax.training.optimizer import cap_logit_scale
@@ -59,6 +60,7 @@ def make_step(
   temperature: ConfigDict,
   *,
   ema_decay: float = 0.0,
+  accumulate_steps: int = 1,
 ) -> Step:
   """One optimizer step, jitted, with the state donated.
 
@@ -68,6 +70,7 @@ def make_step(
     frozen: a tree of bools like the parameters: no gradient is computed for these.
     temperature: `config.temperature`.
     ema_decay: `config.ema_decay`, of a state that keeps an average.
+    accumulate_steps: into how many parts the batch was cut by `put_parts`.
 
   Returns:
     step(state, batch, constants) -> (state, metrics). Metrics are float32 scalars on
@@ -81,9 +84,13 @@ def make_step(
     )
     return objective(held, batch, constants)
 
+  gradient = over_parts(
+    jax.value_and_grad(loss_of, has_aux=True), accumulate_steps, frozen
+  )
+
   def step(state, batch, constants):
     params = state["params"]
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
+    (loss, metrics), grads = gradient(
       params, batch, {**constants, "step": state["step"]}
     )
     updates, moments = optimizer.update(grads, state["optimizer"], params)

@@ -67,6 +67,7 @@ def test_a_fixed_scale_may_exceed_the_cap_of_a_learned_one():
     ("ema_decay", -0.1, "is -0.1: it is at least 0 (off) and below 1"),
     ("model.patch_dropout", 1.0, "is 1.0: it is at least 0 (off) and below 1"),
     ("model.patch_dropout", -0.5, "is -0.5: it is at least 0 (off) and below 1"),
+    ("accumulate_steps", 0, "is 0: it is at least 1"),
     ("lora.rank", -1, "is -1: it is at least 0"),
     ("optimizer.b1", 1.0, "is 1.0: it is at least 0 and below 1"),
     ("optimizer.b2", -0.1, "is -0.1: it is at least 0 and below 1"),
