@@ -11,6 +11,7 @@ import objective_cases as cases
 from gcl_jax.sharding import put_batch
 from gcl_jax.training.config import default_config
 from gcl_jax.training.patch_dropout import kept_count, kept_patches
+from gcl_jax.training.run import _rows
 from gcl_jax.training.state import place_parameters
 
 PATCHES, DROPOUT = 16, 0.5
@@ -67,3 +68,17 @@ def test_devices_and_microbatches_change_nothing():
   cases.assert_near(got, want)
   (other, _), _ = one(6)
   assert abs(float(other) - float(loss)) > 1e-4  # another step, other patches
+
+
+def test_rows_are_told_their_place_in_the_global_batch(monkeypatch):
+  config = default_config()
+  rows = {**cases.batch(4), "index": np.arange(4)}
+  del rows["place"]
+  assert "place" not in _rows(rows, None, config)
+  config.model.patch_dropout = 0.5
+  # The second of three processes has the rows 1, 4, 7, ... of every batch.
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  place = _rows(rows, None, config)["place"]
+  assert place.tolist() == [1, 4, 7, 10]
+  assert place.dtype == np.int32
