@@ -75,13 +75,11 @@ def traced_step(microbatches, **fields):
   return product_shapes(jax.make_jaxpr(step)(state, batch, {}).jaxpr)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_no_gradient_of_a_locked_tower_is_in_the_program(microbatches):
-  def transposed(shape):
-    return shape[::-1]
-
-  for locked in ("", "image", "text"):
-    found = traced_step(microbatches, **{"optimizer.locked_tower": locked})
-    for tower, shape in _GRADIENT.items():
-      there = shape in found or transposed(shape) in found
-      assert there == (tower != locked), (locked, tower)
+@pytest.mark.parametrize(
+  ("locked", "microbatches"), [("", 1), ("image", 1), ("text", 1), ("text", 2)]
+)
+def test_no_gradient_of_a_locked_tower_is_in_the_program(locked, microbatches):
+  found = traced_step(microbatches, **{"optimizer.locked_tower": locked})
+  for tower, shape in _GRADIENT.items():
+    there = shape in found or shape[::-1] in found
+    assert there == (tower != locked), tower
