@@ -137,10 +137,14 @@ def check_numbers(config: ConfigDict) -> None:
     )
   if config.lora.rank and not config.lora.alpha > 0:
     raise UserError(f"config.lora.alpha is {config.lora.alpha}: it is above 0.")
-  if config.lora.rank and config.optimizer.name == "muon":
+  why = {
+    "muon": "which turns whole matrices, but LoRA leaves none to train",
+    "lamb": "which steps in proportion to a matrix, but LoRA's begin at zero",
+  }
+  if config.lora.rank and config.optimizer.name in why:
     raise UserError(
-      "config.optimizer.name is muon, which turns whole matrices, and config.lora.rank is "
-      f"{config.lora.rank}, which leaves none to train: use adamw, or rank 0 (no LoRA)."
+      f"config.optimizer.name is {config.optimizer.name}, {why[config.optimizer.name]}: use "
+      f"adamw, or set config.lora.rank ({config.lora.rank}) to 0."
     )
   check_optimizer(config)
   if config.mesh.tensor != 1:

@@ -102,10 +102,12 @@ def _lion(config, rate, other_rate) -> optax.GradientTransformation:
 
 def _lamb(config, rate, other_rate) -> optax.GradientTransformation:
   del other_rate
+  # As in its authors' code what does not decay has Adam's step. A bias that starts at
+  # zero would otherwise stay there: its first steps are as small as it is.
   return optax.chain(
     optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
     optax.add_decayed_weights(config.weight_decay, _decayed),
-    per_layer(optax.scale_by_trust_ratio()),
+    optax.masked(per_layer(optax.scale_by_trust_ratio()), _decayed),
     optax.scale_by_learning_rate(rate),
   )
 

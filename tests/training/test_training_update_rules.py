@@ -104,7 +104,13 @@ def assert_close(got, want):
 
 
 def test_lamb_trusts_each_layer_by_itself():
-  plain = optax.lamb(RATE, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1, mask=matrices)
+  rest = {
+    path for path, is_matrix in matrices(apart(numbers(0))).items() if not is_matrix
+  }
+  lamb = optax.lamb(RATE, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
+  adam = optax.adam(RATE, b1=0.9, b2=0.98, eps=1e-6)
+  labels = {path: "adam" if path in rest else "lamb" for path in apart(numbers(0))}
+  plain = optax.partition({"lamb": lamb, "adam": adam}, labels)
   assert_close(ours("lamb"), trained(plain, apart(numbers(0))))
 
 
