@@ -43,7 +43,6 @@ def default_config() -> ConfigDict:
   config.model.image_size = 0  # pixels a side, over the name's; 0: the shape's own
   config.model.dtype = "float32"  # compute: float32 or bfloat16 (parameters: float32)
   config.model.remat = "none"  # none, or what the backward pass may keep: see models
-
   # Of every picture's patches, at random, while training: less work a step, and a little
   # less accuracy. Evaluation sees them all. 0: none.
   config.model.patch_dropout = 0.0
@@ -84,7 +83,7 @@ def default_config() -> ConfigDict:
   config.optimizer.final_fraction = 0.0  # of the peak, at the end of the cosine
   config.optimizer.b1 = 0.9  # momentum; 0 for Adafactor: none, and hardly any state
   config.optimizer.b2 = 0.98  # for Adafactor: the most its decay grows to
-  config.optimizer.eps = 1e-6
+  config.optimizer.eps = 1e-6  # AdamW and LAMB
   config.optimizer.muon_momentum = 0.95
   # float32, or bfloat16 for the first moment (momentum). The second stays float32: with
   # b2 near 1 a step changes it by less than bfloat16 can hold.
