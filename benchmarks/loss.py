@@ -28,7 +28,7 @@ from gcl_jax import command_line
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import Mix, fuse
 from gcl_jax.losses import gcl_loss
-from gcl_jax.losses.engine import default_block
+from gcl_jax.losses.engine import KERNEL_BLOCK, default_block
 from gcl_jax.sharding import make_mesh, put_batch
 
 _FLAGS = flags.FLAGS
@@ -97,7 +97,16 @@ FORMS: dict[str, Callable[..., Array]] = {
   "streaming": functools.partial(_ours, "streaming", False),
   "streaming_banks": functools.partial(_ours, "streaming", True),
   "ring": functools.partial(_ours, "ring", False),
+  "kernel": functools.partial(_ours, "streaming", False, kernel="pallas"),
 }
+
+
+def _runs_here(form: str, pairs: int) -> bool:
+  if form == "kernel":
+    return jax.default_backend() == "gpu"  # elsewhere it is interpreted
+  if form == "ring":
+    return jax.device_count() > 1
+  return form != "dense" or pairs <= _DENSE_UP_TO
 
 
 def work(
@@ -132,15 +141,14 @@ def measure(
   arguments = _arguments(pairs, width, dtype, mesh)
   compiled = {}
   for form in forms:
-    too_large = form == "dense" and pairs > _DENSE_UP_TO
-    if too_large or (form == "ring" and devices == 1):
+    if not _runs_here(form, pairs):
       continue
     run = functools.partial(FORMS[form], mesh=mesh, block_size=block_size)
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3)))
     compiled[form] = step.lower(*arguments).compile()
   if not compiled:
     raise UserError(f"--forms: none of {', '.join(forms)} can run {pairs} pairs here")
-  product, exponential = _references()
+  product, exponential = _references(dtype)
   seconds: dict[str, list[float]] = {form: [] for form in compiled}
   rates: list[tuple[float, float]] = []
   for repeat in range(repeats + 1):
@@ -157,7 +165,8 @@ def measure(
   rows = []
   for form, program in compiled.items():
     took = statistics.median(seconds[form])
-    block = -(-pairs // -(-pairs // (block_size or default_block(mesh))))
+    most = block_size or (KERNEL_BLOCK if form == "kernel" else default_block(mesh))
+    block = -(-pairs // -(-pairs // most))
     products, exponentials = work(form, pairs, width, block, devices)
     rows.append(
       {
@@ -214,15 +223,16 @@ def _arguments(pairs: int, width: int, dtype: str, mesh):
   return arrays["image"], arrays["text"], mix, jnp.float32(_SCALE)
 
 
-def _references() -> tuple[Callable[[], float], Callable[[], float]]:
+def _references(dtype: str) -> tuple[Callable[[], float], Callable[[], float]]:
   """Multiply-adds a second of a large product, and exponentials a second."""
   x = jax.random.normal(jax.random.key(1), (2048, 2048))
-  # Summed where it is made: writing 16 MB would be measured instead.
+  factor = x.astype(dtype)
   product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
-  product = product.lower(x).compile()
+  product = product.lower(factor).compile()
+  # Summed where it is made: writing 16 MB would be measured instead.
   exponential = jax.jit(lambda x: jnp.sum(jnp.exp(x), axis=1)).lower(x).compile()
   return (
-    lambda: 2048**3 / _seconds(product, (x,)),
+    lambda: 2048**3 / _seconds(product, (factor,)),
     lambda: x.size / _seconds(exponential, (x,)),
   )
 

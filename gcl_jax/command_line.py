@@ -1,11 +1,12 @@
 """How a command line of this package starts and ends: flags, one call, exit codes.
 
-0: done. 2: a user's mistake, one message. 130: stopped by the keyboard. Anything else
-is a bug, with its traceback.
+0: done. 2: a user's mistake, one message. 75: told to stop, all is saved, run the same
+command again. 130: stopped by the keyboard. Anything else is a bug, with its traceback.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from gcl_jax.errors import UserError
+from gcl_jax.errors import Preempted, UserError
+
+RESTART_ME = os.EX_TEMPFAIL
 
 
 def run(main: Callable[[], None], *, resumable: bool = False) -> None:
@@ -34,6 +37,9 @@ def _guarded(main: Callable[[], None], resumable: bool) -> None:
     main()
   except UserError as error:
     _fail(str(error))
+  except Preempted as stop:
+    print(f"\n{stop}", file=sys.stderr)
+    sys.exit(RESTART_ME)
   except KeyboardInterrupt:
     more = "; the same command goes on from the last checkpoint" if resumable else ""
     print(f"\nstopped{more}", file=sys.stderr)

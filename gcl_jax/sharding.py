@@ -6,12 +6,14 @@ The only file that names mesh axes. Three of them: `data` and `fsdp` split the b
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,8 +22,26 @@ from gcl_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Every parameter on every device. Rows are (path pattern, PartitionSpec).
-REPLICATED_PARAMETERS: tuple[tuple[str, P], ...] = ((r".*", P()),)
+# Where every parameter of the towers lies: (path pattern, PartitionSpec), first match.
+# A product's two matrices are split over `tensor` in the dimension between them, so that
+# one sum over the devices closes a layer; what else is large is split over `fsdp` and
+# gathered where it is used. The leading axis of a block's arrays is the layer.
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+  (r".*/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
+  (r".*/attention/(query|key|value)/bias", P(None, "tensor")),
+  (r".*/attention/out/kernel", P(None, "tensor", "fsdp")),
+  (r".*/mlp/fc1/kernel", P(None, "fsdp", "tensor")),
+  (r".*/mlp/fc1/bias", P(None, "tensor")),
+  (r".*/mlp/fc2/kernel", P(None, "tensor", "fsdp")),
+  (r"text/token_embedding/embedding", P(None, "fsdp")),
+  (r"vision/patch_embedding/kernel", P(None, "fsdp")),
+  (r"(image|text)_projection/kernel", P("fsdp", None)),
+  (r".*/(\w*norm\d?)/(scale|bias)", P()),
+  (r".*/(out|fc2)/bias", P()),
+  (r".*/position_embedding/embedding", P()),
+  (r"vision/class_embedding|logit_scale|fusion/\w+", P()),
+  (r"lora/.*/[ab]", P()),
+)
 
 T = TypeVar("T")
 
@@ -59,8 +79,12 @@ def make_mesh(
       "exactly once: mend config.mesh.data, .fsdp or .tensor (-1 means the rest)."
     )
   shape = tuple(sizes[name] for name in AXES)
+  # Neighbours in the mesh are neighbours in a TPU's torus; elsewhere the given order.
+  arranged = mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
+  )
   # Auto axes: the compiler partitions the towers; JAX's default became Explicit.
-  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -71,6 +95,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
   """How many parts a batch is split into."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """Which part of a batch this process reads, and how many parts there are.
+
+  Processes whose devices hold the same rows (`tensor` spans them) read the same part.
+
+  Raises:
+    UserError: the rows of one process are not one part of so many equal ones.
+  """
+  parts = batch_devices(mesh)
+  held: dict[int, set[int]] = collections.defaultdict(set)
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+    held[device.process_index].add(rows.start or 0)
+  mine = held[jax.process_index()]
+  size = len(mine)
+
+  def is_part(rows: set[int]) -> bool:
+    first = min(rows)
+    return first % size == 0 and rows == set(range(first, first + size))
+
+  if not all(map(is_part, held.values())):
+    raise UserError(
+      f"config.mesh {dict(mesh.shape)} gives the {len(held)} processes unequal or "
+      "scattered parts of a batch: let config.mesh.data x fsdp be a multiple of the "
+      "processes, or config.mesh.tensor a multiple of a process's devices."
+    )
+  return min(mine) // size, parts // size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -108,8 +160,9 @@ def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]]) -> Any:
   """A NamedSharding for every leaf, by the first rule that matches its path.
 
   Raises:
-    ValueError: no rule covers a path, or an axis does not divide its dimension (JAX
-      itself would replicate such an array without a word).
+    ValueError: no rule covers a path.
+    UserError: an axis does not divide its dimension (JAX itself would replicate such
+      an array without a word).
   """
 
   def one(path: str, leaf: Any) -> NamedSharding:
@@ -120,16 +173,71 @@ def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]]) -> Any:
       names = axes if isinstance(axes, tuple) else (axes,)
       parts = int(np.prod([mesh.shape[a] for a in names if a is not None]))
       if size % parts:
-        raise ValueError(f"{path}: {size} is not divisible over mesh axes {names}")
+        raise UserError(
+          f"config.mesh.{names[0]} is {parts}, which does not divide the {size} of "
+          f"{path} {leaf.shape}: take a number that does."
+        )
     return NamedSharding(mesh, spec)
 
   return map_with_path(one, tree)
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows of a batch -> global arrays split over the batch axes."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
-  }
+def state_shardings(mesh: Mesh, tree: Any, params: Any, placed: Any) -> Any:
+  """Shardings for a tree of which some leaves go with a parameter, others nowhere.
+
+  A leaf whose path ends in a parameter's path, and that has its shape (a moment), lies
+  as the parameter does; any other lies everywhere.
+
+  Args:
+    tree: of shapes, such as an optimizer's state.
+    params: the parameters' shapes. placed: their shardings.
+  """
+  known = {}
+  map_with_path(lambda path, leaf: known.setdefault(path, leaf.shape), params)
+  where = {}
+  map_with_path(where.setdefault, placed)
+
+  def one(path: str, leaf: Any) -> NamedSharding:
+    parts = path.split("/")
+    for start in range(len(parts)):
+      name = "/".join(parts[start:])
+      if known.get(name) == leaf.shape:
+        return where[name]
+    return replicated(mesh)
+
+  return map_with_path(one, tree)
+
+
+def put(tree: Any, places: Any) -> Any:
+  """Host arrays that every process holds whole -> global arrays, each part copied."""
+
+  def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+  return jax.tree.map(one, tree, places)
+
+
+def put_batch(
+  mesh: Mesh, batch: Mapping[str, np.ndarray], axis: int = 0
+) -> dict[str, jax.Array]:
+  """This process's part of a batch (`batch_share`) -> global arrays over the batch axes.
+
+  `axis` is that of the rows; what lies before it is not split.
+  """
+  before = (slice(None),) * axis
+  sharding = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+  part, parts = batch_share(mesh)
+
+  def one(rows: np.ndarray) -> jax.Array:
+    here = rows.shape[axis]
+    first = part * here
+
+    def held(at: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = at[axis].indices(parts * here)
+      return rows[(*before, slice(start - first, stop - first))]
+
+    shape = (*rows.shape[:axis], parts * here, *rows.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, held)
+
+  return {name: one(np.asarray(rows)) for name, rows in batch.items()}

@@ -28,6 +28,9 @@ def _define_flags() -> None:
   flags.DEFINE_bool(
     "distributed", False, "join the other processes of this job (TPU pods, SLURM, ...)"
   )
+  flags.DEFINE_string("coordinator", "", "host:port of process 0, without a cluster")
+  flags.DEFINE_integer("processes", 0, "how many there are, without a cluster")
+  flags.DEFINE_integer("process_id", -1, "which of them this is, from 0")
 
 
 def main() -> None:
@@ -35,17 +38,18 @@ def main() -> None:
   config = _FLAGS.config
   if config is None:
     raise UserError("name a recipe, such as --config=configs/demo.py")
-  import jax
+  from gcl_jax.processes import is_first, join
 
-  if _FLAGS.distributed:
-    jax.distributed.initialize()
+  explicit = (_FLAGS.coordinator, _FLAGS.processes, _FLAGS.process_id)
+  if _FLAGS.distributed or explicit != ("", 0, -1):
+    join(*explicit)
 
   from gcl_jax.evaluation import render
   from gcl_jax.training.check import describe_loss
 
   workdir = Path(_FLAGS.workdir or f"runs/{config.name}")
   trained, rows = train_and_evaluate(config, workdir)
-  if jax.process_index():
+  if not is_first():
     return
   print(render(rows, notes=[describe_loss(config)]))
   if not trained:
@@ -92,11 +96,12 @@ def train_and_evaluate(
 
   embedders: list[Embedder] = []
 
-  def evaluate(model, params, processor, mesh):
+  def evaluate(model, params, processor, mesh, go_on):
     if not embedders:  # one, so that its functions compile once
       size = config.eval.batch_size
       embedders.append(Embedder(model, params, processor, mesh=mesh, batch_size=size))
-    return evaluate_nine(items(), embedders[0].with_params(params).embed)
+    embed = embedders[0].with_params(params).embed
+    return evaluate_nine(items(), embed, progress=go_on)
 
   def score(result):
     return best_metric(result, config.eval.best)

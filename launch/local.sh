@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # One machine, whatever JAX finds there:  launch/local.sh configs/demo.py [flags of train]
-# Runs from the root of the repository: relative paths (--workdir too) are meant from there.
+# --dry-run prints the command. Runs from the root of the repository: relative paths
+# (--workdir too) are meant from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-config="${1:?usage: launch/local.sh configs/NAME.py [flags]}"
+source launch/common.sh
+take_arguments "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
+(($#)) || fail "usage: launch/local.sh [--dry-run] configs/NAME.py [flags of train]"
+config="$1"
 shift
-exec python -m gcl_jax.train --config="$config" "$@"
+become python -m gcl_jax.train --config="$config" "$@"

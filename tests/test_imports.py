@@ -15,6 +15,7 @@ FLOORS = {
   "_version": 0,
   "fusion": 1,
   "sharding": 1,
+  "processes": 1,
   "processing": 1,
   "models": 2,
   "losses": 2,

@@ -46,7 +46,7 @@ def test_patterns_without_a_parameter_are_found():
 def test_an_axis_that_does_not_divide_is_an_error_not_a_silent_copy():
   mesh = sharding.make_mesh(data=1, fsdp=8)
   tree = {"kernel": jax.ShapeDtypeStruct((6, 16), jnp.float32)}
-  with pytest.raises(ValueError, match="kernel"):
+  with pytest.raises(UserError, match=r"config.mesh.fsdp is 8, .* the 6 of kernel"):
     sharding.shardings(mesh, tree, [(".*", P("fsdp", None))])
   placed = sharding.shardings(mesh, tree, [(".*", P(None, "fsdp"))])
   assert placed["kernel"].spec == P(None, "fsdp")

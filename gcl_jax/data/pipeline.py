@@ -8,6 +8,7 @@ before the slice, the global batch is the same for any number of processes and t
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,8 @@ class Pipeline:
     pixels uint8 (n, S, S, 3); tokens int32 (n, L); has_image, has_text bool (n,);
     pair_ids int32 (n, 2); index int64 (n,), the record's place in the source;
     caption_index int32 (n,), which of its texts, -1 for none.
-  Process p holds the rows p, p + process_count, ... of the global batch. A record that
-  cannot be read is a row with neither image nor text, and ids like no other row's.
+  Part p holds the rows p n to (p + 1) n of the global batch. A record that cannot be
+  read is a row with neither image nor text, and ids like no other row's.
 
   L is the smallest bucket that holds the batch's longest text. Processes must agree on
   it: with several, it is the largest bucket unless `agree` is given.
@@ -69,12 +70,13 @@ class Pipeline:
     crop_scale: part of the area that a crop keeps.
     buckets: token lengths to cut to. Those above the tokenizer's maximum become it;
       texts longer than the largest are cut and keep their end token.
-    process_index, process_count: which slice of each batch is ours.
+    process_index, process_count: which part of each batch is ours, of how many; two
+      processes may read the same (`sharding.batch_share`).
     threads: that read and decode whole batches; 0 reads when asked.
     prefetch: batches read ahead.
     position: records consumed globally so far; any number.
     agree: the longest text of our slice, in tokens -> that of the global batch; called
-      once a batch, in the same order on every process (an all-gather and max).
+      once a batch, in the same order on every process (`processes.Largest`).
 
   Raises:
     UserError: a batch that the processes cannot share or the source cannot fill, an
@@ -156,19 +158,25 @@ class Pipeline:
       .repeat()
       .map_with_index(_Place)
     )
-    # Slicing from our position, not from a step, lets the batch size change as well.
-    ours = places[self.position + self._process_index :: self._process_count]
-    ours = ours.map(self._read).batch(
-      self._batch_size // self._process_count,
-      drop_remainder=True,
-      batch_fn=self._collate,
+    rows = self._batch_size // self._process_count
+    # Counted from our position, not from a step, so that the batch size may change.
+    first = self.position + self._process_index * rows
+
+    def ours(k: int) -> _Place:
+      return places[first + k // rows * self._batch_size + k % rows]
+
+    batches = (
+      grain.MapDataset.range(sys.maxsize)
+      .map(ours)
+      .map(self._read)
+      .batch(rows, drop_remainder=True, batch_fn=self._collate)
     )
     # Grain's default of 16 threads and 500 elements would starve the main thread.
     options = grain.ReadOptions(
       num_threads=self._threads,
       prefetch_buffer_size=self._prefetch if self._threads else 0,
     )
-    return iter(ours.to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))
 
   def _read(self, place: _Place) -> _Row:
     epoch = place.position // len(self._source)

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from gcl_jax.losses import denominators, streaming
-from gcl_jax.losses.pairs import Pairs, batch_parts
-from gcl_jax.losses.streaming import Anchors
-from gcl_jax.losses.tiles import Block, Tile
+from gcl_jax.losses import denominators, kernels, streaming
+from gcl_jax.losses.pairs import BANKS, Pairs, batch_parts
+from gcl_jax.losses.tiles import Anchors, Block, Tile
 
 # lse (P, n), rows, scale -> sums and counts over the rows, of one shape.
 Formula = Callable[[Array, Pairs, Array], tuple[Array, Array]]
@@ -29,6 +28,9 @@ Formula = Callable[[Array, Pairs, Array], tuple[Array, Array]]
 # half of its memory (`python -m benchmarks.loss`); accelerators like larger products.
 BLOCKS = {"cpu": 256}
 BLOCK_ELSEWHERE = 512
+# A tile of the kernels is squares of its own: the more, the fewer and larger the
+# products that follow them.
+KERNEL_BLOCK = 4096
 # Above this many bytes of gathered embeddings a device, `auto` sends them round instead.
 _RING_ABOVE = 2**31
 
@@ -60,7 +62,8 @@ class Plan:
   def size(self, rows: int) -> int:
     """As few blocks of these rows as the limit allows, and no more padding."""
     blocks = max(-(-rows // self.block_size), 1)
-    return max(-(-rows // blocks), 1)
+    of = self.tile.multiple
+    return max(-(-rows // (blocks * of)), 1) * of
 
   def sizes(self, rows: Block, columns: Block) -> tuple[int, int]:
     """Rows and columns of a tile."""
@@ -76,19 +79,30 @@ def make_plan(
   block_size: int | None,
   mesh: Mesh | None,
   batch_axes: tuple[str, ...],
+  kernel: str = "xla",
 ) -> Plan:
-  """The plan of a form: "streaming", "ring", or "auto", which chooses between them."""
+  """The plan of a form: "streaming", "ring", or "auto", which chooses between them.
+
+  Raises:
+    ValueError: the kernel cannot hold these embeddings.
+  """
   parts = 1 if mesh is None else batch_parts(mesh, batch_axes)
   banks = sum(leaf.nbytes for leaf in jax.tree.leaves(_vectors(pairs)))
   ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
   size = block_size or default_block(mesh)
+  if kernel == "pallas":
+    tile = kernels.kernel_tile(tile, pairs.image.shape[1], _platform(mesh))
+    size = block_size or KERNEL_BLOCK
   return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)
 
 
 def default_block(mesh: Mesh | None) -> int:
   """The block size for the devices of a mesh, or for JAX's default ones."""
-  one = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  return BLOCKS.get(one, BLOCK_ELSEWHERE)
+  return BLOCKS.get(_platform(mesh), BLOCK_ELSEWHERE)
+
+
+def _platform(mesh: Mesh | None) -> str:
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def streamed(
@@ -136,18 +150,18 @@ def _backward(plan: Plan, saved, cotangents):
   )
   # The directions have no gradient.
   factor = factor * cotangents[0]
-  gradients = jax.tree.map(lambda x: factor * x, gradients)
+  gradients = jax.tree.map(
+    lambda x, like: (factor * x).astype(like.dtype), gradients, _vectors(pairs)
+  )
   nothing = jax.tree.map(lambda _: None, pairs)
   return (
-    nothing._replace(**dict(zip(_NAMES, gradients, strict=True))),
+    nothing._replace(**dict(zip(BANKS, gradients, strict=True))),
     factor * scale_gradient,
     jnp.zeros_like(weights),
   )
 
 
 _streamed.defvjp(_forward, _backward)
-
-_NAMES = ("image", "text", "fused")
 
 
 def _vectors(pairs: Pairs) -> tuple[Any, ...]:
@@ -214,7 +228,7 @@ def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, wei
       )
       return jax.tree.map(jnp.add, gradient, more)
 
-    zeros = jax.tree.map(jnp.zeros_like, block.vectors)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), block.vectors)
     walked = _around(plan, further, zeros, (block, own))
   else:
     columns, others = everybody
@@ -223,17 +237,19 @@ def _backward_here(plan: Plan, pairs: Pairs, own: Anchors, everybody, scale, wei
       tile, block, columns, scale, own, others, sizes
     )
 
+  exact = pairs.in_float32()
+
   def direct(vectors):
-    rows = pairs._replace(**dict(zip(_NAMES, vectors, strict=True)))
+    rows = exact._replace(**dict(zip(BANKS, vectors, strict=True)))
     return plan.formula(own.lse, rows, scale)[0]
 
-  gradients = list(jax.vjp(direct, _vectors(pairs))[1](weights)[0])
+  gradients = list(jax.vjp(direct, _vectors(exact))[1](weights)[0])
   for place, more in enumerate(walked):
     gradients[place] = jax.tree.map(jnp.add, gradients[place], more)
   # Every logit is s times a product of two embeddings (a Mix being numbers beside them):
   # by Euler's theorem s dL/ds = ½ Σ e · dL/de.
   banks = [
-    (x, g) for x, g in zip(_vectors(pairs), gradients, strict=True) if _is_bank(x)
+    (x, g) for x, g in zip(_vectors(exact), gradients, strict=True) if _is_bank(x)
   ]
   of_scale = sum(jnp.vdot(x, gradient) for x, gradient in banks) / (2 * scale)
   if not plan.alone:

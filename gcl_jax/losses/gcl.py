@@ -43,6 +43,7 @@ def gcl_loss(
   batch_axes: tuple[str, ...] = ("data",),
   form: str = "auto",
   block_size: int | None = None,
+  kernel: str = "xla",
 ) -> tuple[Array, Array]:
   """The GCL loss over the six directions between image, text and fused embeddings.
 
@@ -87,8 +88,11 @@ def gcl_loss(
         All-gathers the embeddings (backward: reduce-scatter).
       "auto" is "streaming", or "ring" where the gathered embeddings would take more
         than 2 GiB of a device.
-    block_size: rows and columns of a tile, at most; None is 256 on a CPU, else 512.
-      "dense" has no tiles.
+    block_size: rows and columns of a tile, at most; None is 256 on a CPU, else 512, of
+      the kernels 4096. "dense" has no tiles.
+    kernel: what computes a tile: "xla", or "pallas", kernels for NVIDIA GPUs (elsewhere
+      they are interpreted, slowly), for D that is a multiple of 16. They round the
+      weights of the backward to the type of the embeddings.
 
   Returns:
     loss: float32 scalar, 0 where nothing counts. With equal weights `self_masked` does
@@ -97,10 +101,10 @@ def gcl_loss(
       diagonal and where nothing counts. No gradient.
 
   Raises:
-    ValueError: shapes disagree, an unknown denominator or form, a mesh whose axes are
-      not Auto or do not divide the batch.
+    ValueError: shapes disagree, an unknown denominator, form or kernel, a mesh whose
+      axes are not Auto or do not divide the batch.
   """
-  check_form(form, block_size)
+  check_form(form, block_size, kernel)
   denominators.candidates(denominator, 0, 1)
   weights = np.ones((3, 3)) if direction_weights is None else direction_weights
   weights = jnp.asarray(weights, jnp.float32)
@@ -115,11 +119,11 @@ def gcl_loss(
     scalar_scale(logit_scale),
     weights,
     denominator=denominator,
-    precision=matmul_precision(image, text, fused),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
     form=form,
     block_size=block_size,
+    kernel=kernel,
   )
 
 
@@ -135,6 +139,7 @@ def contrastive_loss(
   batch_axes: tuple[str, ...] = ("data",),
   form: str = "auto",
   block_size: int | None = None,
+  kernel: str = "xla",
 ) -> tuple[Array, Array]:
   """CLIP's loss (equation 1 of the paper): `target_only` over image ↔ text.
 
@@ -145,7 +150,7 @@ def contrastive_loss(
     loss: float32 scalar. directions: (3, 3) float32 without gradient, of which [0, 1]
       (image → text) and [1, 0] are filled.
   """
-  check_form(form, block_size)
+  check_form(form, block_size, kernel)
   pairs = make_pairs(
     image, text, pair_ids=pair_ids, has_image=has_image, has_text=has_text
   )
@@ -154,11 +159,11 @@ def contrastive_loss(
     scalar_scale(logit_scale),
     jnp.ones((2, 2), jnp.float32),
     denominator="target_only",
-    precision=matmul_precision(image, text),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
     form=form,
     block_size=block_size,
+    kernel=kernel,
   )
   return loss, jnp.pad(directions, ((0, 1), (0, 1)))
 
@@ -167,11 +172,11 @@ def contrastive_loss(
   jax.jit,
   static_argnames=(
     "denominator",
-    "precision",
     "mesh",
     "batch_axes",
     "form",
     "block_size",
+    "kernel",
   ),
 )
 def _mean_loss(
@@ -180,17 +185,18 @@ def _mean_loss(
   weights: Array,
   *,
   denominator: str,
-  precision: jax.lax.Precision,
   mesh: Mesh | None,
   batch_axes: tuple[str, ...],
   form: str,
   block_size: int | None,
+  kernel: str,
 ) -> tuple[Array, Array]:
   check_mesh(mesh, batch_axes, pairs.ids.shape[0])
   modalities = len(pairs.there)
   read = denominators.blocks(denominator, modalities)
   if form != "dense":
-    tile = Tile(modalities, is_mixed(pairs), tuple(sorted(read)), precision)
+    blocks, precision = tuple(sorted(read)), matmul_precision(pairs)
+    tile = Tile(modalities, is_mixed(pairs), blocks, precision)
     formula = functools.partial(_sums, tile.blocks, denominator)
     plan = make_plan(
       tile,
@@ -200,11 +206,14 @@ def _mean_loss(
       block_size=block_size,
       mesh=mesh,
       batch_axes=batch_axes,
+      kernel=kernel,
     )
     return streamed(plan, pairs, scale, weights)
 
   def local(rows: Pairs, shared: Any, summing: Summing) -> tuple[Array, Array]:
     scale, weights = shared
+    # A Mix makes new float32 rows of bfloat16 ones.
+    precision = matmul_precision(rows.written_out() if is_mixed(rows) else rows)
     rows = rows.written_out()
     lse = dense.negatives_lse(
       rows, summing.gather(rows), scale, blocks=read, precision=precision

@@ -18,14 +18,18 @@ from jax.typing import ArrayLike
 from gcl_jax.fusion import Mix
 
 FORMS = ("auto", "dense", "streaming", "ring")
+KERNELS = ("xla", "pallas")
+KERNEL_DEPTH = 16  # the kernels take D that is a multiple of it
+
+BANKS = ("image", "text", "fused")
 
 
 class Pairs(NamedTuple):
   """Rows of the batch. Every array's leading axis is the pair; absent rows are zero.
 
-  image, text: (n, D) float32. fused: (n, D) float32, `Mix` of (n,), or None where the
-  loss has no third modality. has_image, has_text: (n,) bool. ids: (n, K) integers.
-  text_features: (n, F) float32 unit rows or None.
+  image, text: (n, D). fused: (n, D), `Mix` of (n,) float32, or None where the loss has
+  no third modality. Banks are all float32 or all bfloat16. has_image, has_text: (n,)
+  bool. ids: (n, K) integers. text_features: (n, F) float32 unit rows or None.
   """
 
   image: Array
@@ -42,26 +46,25 @@ class Pairs(NamedTuple):
     rows = self.written_out()
     return (rows.image, rows.text, rows.fused)[: len(self.there)]
 
+  def in_float32(self) -> Pairs:
+    """The same with float32 banks."""
+    banks = (self.image, self.text, self.fused)
+    return self._replace(**dict(zip(BANKS, _float32(banks), strict=True)))
+
   def written_out(self) -> Pairs:
-    """The same with a fused bank in the place of a Mix."""
-    if not isinstance(self.fused, Mix):
-      return self
-    alpha, beta = (weight[:, None] for weight in self.fused)
-    return self._replace(fused=alpha * self.image + beta * self.text)
+    """The same in float32, with a fused bank in the place of a Mix."""
+    rows = self.in_float32()
+    if not isinstance(rows.fused, Mix):
+      return rows
+    alpha, beta = (weight[:, None] for weight in rows.fused)
+    return rows._replace(fused=alpha * rows.image + beta * rows.text)
 
   @property
   def same_pair(self) -> Array:
     """e_a · e_b of each pair, (M, M, n); of a Mix without its bank."""
     if isinstance(self.fused, Mix):
-      alpha, beta = self.fused
-      ii, it, tt = (
-        _dot(x, y)
-        for x, y in (
-          (self.image, self.image),
-          (self.image, self.text),
-          (self.text, self.text),
-        )
-      )
+      (alpha, beta), (image, text, _) = self.fused, self.in_float32()[:3]
+      ii, it, tt = _dot(image, image), _dot(image, text), _dot(text, text)
       image_fused, text_fused = alpha * ii + beta * it, alpha * it + beta * tt
       fused = alpha * image_fused + beta * text_fused
       table = (
@@ -97,7 +100,10 @@ def make_pairs(
   has_text: Array | None,
   text_features: Array | None = None,
 ) -> Pairs:
-  """Checks shapes, casts to float32 and zeroes what is absent.
+  """Checks shapes and zeroes what is absent.
+
+  Banks that are all bfloat16 stay so, half of the bytes to send; others are cast to
+  float32.
 
   Absent entries are replaced before any product, because 0 · NaN is NaN in the value
   and in the gradient; the replacement's own gradient is exactly zero.
@@ -112,21 +118,23 @@ def make_pairs(
   image_there = _presence("has_image", has_image, rows)
   text_there = _presence("has_text", has_text, rows)
   both = image_there & text_there
+  banks = [bank.dtype for bank in (image, text, fused) if isinstance(bank, Array)]
+  dtype = jnp.bfloat16 if set(banks) == {jnp.dtype("bfloat16")} else jnp.float32
   if isinstance(fused, Mix):
     for name, weight in zip(Mix._fields, fused, strict=True):
       _check(f"fused.{name}", weight, rows)
     fused = Mix(*(_zero_absent(weight, both) for weight in fused))
   elif fused is not None:
     _check("fused", fused, image.shape)
-    fused = _zero_absent(fused, both)
+    fused = _zero_absent(fused, both, dtype)
   if text_features is not None:
     if text_features.ndim != 2 or text_features.shape[:1] != rows:
       raise ValueError(f"text_features has shape {text_features.shape}, not (N, F)")
     text_features = _unit(_zero_absent(text_features, text_there))
     text_features = jax.lax.stop_gradient(text_features)
   return Pairs(
-    image=_zero_absent(image, image_there),
-    text=_zero_absent(text, text_there),
+    image=_zero_absent(image, image_there, dtype),
+    text=_zero_absent(text, text_there, dtype),
     fused=fused,
     has_image=image_there,
     has_text=text_there,
@@ -143,28 +151,27 @@ def scalar_scale(logit_scale: ArrayLike) -> Array:
   return scale
 
 
-def matmul_precision(*arrays: Array | Mix | None) -> jax.lax.Precision:
-  """How exactly an accelerator must multiply float32 copies of these inputs.
+def matmul_precision(pairs: Pairs) -> jax.lax.Precision:
+  """How exactly an accelerator must multiply these banks.
 
-  Similarities of values that came from bfloat16 lose nothing in an accelerator's fast
-  float32 product (bfloat16 or TF32 operands, float32 sums); the softmax weights of the
-  backward are rounded there as the embeddings were. Of others, 1e-3 of a similarity is
-  0.1 of a logit at scale 100.
+  Products of bfloat16 with float32 sums are what it does anyway. Of float32 banks it
+  would round the entries, and 1e-3 of a similarity is 0.1 of a logit at scale 100.
   """
-  # A Mix makes new float32 rows of bfloat16 ones.
-  exact = all(
-    array is None or (not isinstance(array, Mix) and array.dtype == jnp.bfloat16)
-    for array in arrays
-  )
+  exact = pairs.image.dtype == jnp.bfloat16
   return jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST
 
 
-def check_form(form: str, block_size: int | None) -> None:
-  """Raises ValueError for a form that is not available."""
+def check_form(form: str, block_size: int | None, kernel: str = "xla") -> None:
+  """Raises ValueError for a form or a kernel that is not available."""
   if form not in FORMS:
     raise ValueError(f"form={form!r} is not available: choose from {', '.join(FORMS)}")
   if block_size is not None and block_size < 1:
     raise ValueError(f"block_size={block_size}: give a positive number of rows or None")
+  if kernel not in KERNELS or (kernel != "xla" and form == "dense"):
+    raise ValueError(
+      f"kernel={kernel!r} with form={form!r} is not available: choose from "
+      f"{', '.join(KERNELS)}; the dense form has no tiles and takes xla alone"
+    )
 
 
 def over_batch(
@@ -250,9 +257,13 @@ def _ids(pair_ids: Array | None, rows: tuple[int]) -> Array:
   return pair_ids.reshape(rows[0], -1)
 
 
-def _zero_absent(rows: Array, there: Array) -> Array:
+def _zero_absent(rows: Array, there: Array, dtype=jnp.float32) -> Array:
   there = there.reshape(there.shape + (1,) * (rows.ndim - 1))
-  return jnp.where(there, rows.astype(jnp.float32), 0.0)
+  return jnp.where(there, rows.astype(dtype), jnp.zeros((), dtype))
+
+
+def _float32(tree: Any) -> Any:
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _dot(x: Array, y: Array) -> Array:

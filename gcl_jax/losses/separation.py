@@ -77,7 +77,6 @@ def intra_modal_separation_loss(
   return _mean_loss(
     pairs,
     scalar_scale(logit_scale),
-    precision=matmul_precision(image, text),
     mesh=mesh,
     batch_axes=tuple(batch_axes),
     form=form,
@@ -87,13 +86,12 @@ def intra_modal_separation_loss(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("precision", "mesh", "batch_axes", "form", "block_size"),
+  static_argnames=("mesh", "batch_axes", "form", "block_size"),
 )
 def _mean_loss(
   pairs: Pairs,
   scale: Array,
   *,
-  precision: jax.lax.Precision,
   mesh: Mesh | None,
   batch_axes: tuple[str, ...],
   form: str,
@@ -102,7 +100,7 @@ def _mean_loss(
   check_mesh(mesh, batch_axes, pairs.ids.shape[0])
   if form != "dense":
     plan = make_plan(
-      Tile(1, False, ((0, 0),), precision),
+      Tile(1, False, ((0, 0),), matmul_precision(pairs)),
       _sums,
       pairs,
       form=form,
@@ -114,6 +112,7 @@ def _mean_loss(
 
   def local(rows: Pairs, scale: Array, summing: Summing) -> Array:
     columns = summing.gather(rows)
+    precision = matmul_precision(rows)
     logits = scale * dense.similarities(rows.image, columns.image, precision)
     if rows.text_features is not None:
       cosines = dense.similarities(
@@ -131,6 +130,7 @@ def _mean_loss(
 def _sums(lse: Array, rows: Pairs, scale: Array) -> tuple[Array, Array]:
   """Sum of the terms of rows that have both modalities, and how many; lse (1, n)."""
   counted = rows.has_image & rows.has_text
+  rows = rows.in_float32()
   positive = scale * jnp.sum(rows.image * rows.text, axis=-1)
   terms = jnp.where(counted, denominators.excess(lse, positive), 0.0)
   return jnp.sum(terms), jnp.sum(counted, dtype=jnp.float32)

@@ -20,36 +20,15 @@ Everything here is (P, ...) over the P blocks (anchor modality, candidate modali
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gcl_jax.losses.dense import different
-from gcl_jax.losses.tiles import Block, Tile, Vectors
+from gcl_jax.losses.tiles import Anchors, Block, Running, Tile, Vectors
 
 # exp(x − FAR) is 0 for every logit x: the log-sum-exp of an anchor without negatives,
 # as the backward reads it.
 _FAR = 1e30
-
-# Within so much of each other, exp of a difference of log-sum-exps is far from the ends
-# of float32, and what an underflow of one weight loses of the other is about 1e-12.
-_NEAR = 60.0
-
-
-class Running(NamedTuple):
-  """An unfinished log-sum-exp: the largest logit so far, and Σ exp(logit − it)."""
-
-  peak: Array
-  total: Array
-
-
-class Anchors(NamedTuple):
-  """What the backward knows of anchors: their log-sum-exp and its cotangent, (P, n)."""
-
-  lse: Array
-  cotangent: Array
 
 
 def nothing_yet(tile: Tile, rows: Block) -> Running:
@@ -89,7 +68,7 @@ def rectangle_forward(
     block, state = inputs
 
     def column(state, other):
-      return _add_rows(tile, block, other, scale, state), None
+      return tile.fold(block, other, scale, state)[0], None
 
     return None, jax.lax.scan(column, state, column_blocks)[0]
 
@@ -122,14 +101,8 @@ def rectangle_backward(
 
     def column(gradient, inputs):
       other, other_anchors = inputs
-      factor = tile.factor(block, other)
-
-      def similar(vectors):
-        return tile.similarities(vectors, other.vectors, factor)
-
-      found, pull = jax.vjp(similar, block.vectors)
-      weights = _weights(tile, block, other, scale, found, anchors, other_anchors)
-      return jax.tree.map(jnp.add, gradient, pull(weights)[0]), None
+      more, _ = tile.pull(block, other, scale, anchors, other_anchors, both=False)
+      return jax.tree.map(jnp.add, gradient, more), None
 
     zeros = jax.tree.map(_zeros, block.vectors)
     return None, jax.lax.scan(column, zeros, (column_blocks, others))[0]
@@ -147,18 +120,13 @@ def triangle_forward(tile: Tile, rows: Block, scale: Array, size: int) -> Runnin
   # then updates it where it lies. Two places in one body cost two copies a tile.
   def row(i, state):
     block = _at(blocks, i)
-    mine = _add_rows(tile, block, block, scale, _at(state, i))
+    mine, _ = tile.fold(block, block, scale, _at(state, i))
 
     def across(j, carried):
       mine, state = carried
       other = _at(blocks, j)
-      found = tile.similarities(block.vectors, other.vectors, tile.factor(block, other))
-      logits = [scale * x for x in found]
-      mine = _updated(mine, logits, tile.read(block, other), axis=1)
-      # Block (a, m) of the tile, read along its columns, is (m, a) of anchors k.
-      theirs = _turned(tile, _at(state, j))
-      theirs = _updated(theirs, logits, tile.read_back(block, other), axis=0)
-      return mine, _put(state, j, _turned(tile, theirs))
+      mine, theirs = tile.fold(block, other, scale, mine, _at(state, j))
+      return mine, _put(state, j, theirs)
 
     mine, state = jax.lax.fori_loop(i + 1, count, across, (mine, state))
     return _put(state, i, mine)
@@ -177,24 +145,13 @@ def triangle_backward(
 
   def row(i, gradient):
     block, anchors = _at(blocks, i), _at(own, i)
-    factor = tile.factor(block, block)
-    found, pull = jax.vjp(
-      lambda vectors: tile.similarities(vectors, block.vectors, factor), block.vectors
-    )
-    weights = _weights(tile, block, block, scale, found, anchors, anchors)
-    mine = jax.tree.map(jnp.add, _at(gradient, i), pull(weights)[0])
+    more, _ = tile.pull(block, block, scale, anchors, anchors, both=False)
+    mine = jax.tree.map(jnp.add, _at(gradient, i), more)
 
     def across(j, carried):
       mine, gradient = carried
       other = _at(blocks, j)
-      factor = tile.factor(block, other)
-      found, pull = jax.vjp(
-        lambda vectors, others: tile.similarities(vectors, others, factor),
-        block.vectors,
-        other.vectors,
-      )
-      weights = _weights(tile, block, other, scale, found, anchors, _at(own, j))
-      more, of_columns = pull(weights)
+      more, of_columns = tile.pull(block, other, scale, anchors, _at(own, j), both=True)
       theirs = jax.tree.map(jnp.add, _at(gradient, j), of_columns)
       return jax.tree.map(jnp.add, mine, more), _put(gradient, j, theirs)
 
@@ -206,78 +163,6 @@ def triangle_backward(
   return _join(jax.tree.map(lambda x: scale * x, gradient), len(rows.ids))
 
 
-def _add_rows(
-  tile: Tile, block: Block, other: Block, scale: Array, state: Running
-) -> Running:
-  found = tile.similarities(block.vectors, other.vectors, tile.factor(block, other))
-  logits = [scale * x for x in found]
-  return _updated(state, logits, tile.read(block, other), axis=1)
-
-
-def _updated(
-  state: Running, logits: list[Array], masks: list[Array], axis: int
-) -> Running:
-  """Folds one tile into the state, along its rows (axis 1) or columns (axis 0)."""
-  peaks, totals = [], []
-  for p, (logit, mask) in enumerate(zip(logits, masks, strict=True)):
-    masked = jnp.where(mask, logit, -jnp.inf)
-    peak = jnp.maximum(state.peak[p], jnp.max(masked, axis=axis))
-    # −∞ − −∞ is NaN; without a negative so far any shift will do.
-    shift = jnp.where(peak > -jnp.inf, peak, 0.0)
-    more = jnp.sum(jnp.exp(masked - jnp.expand_dims(shift, axis)), axis=axis)
-    totals.append(state.total[p] * jnp.exp(state.peak[p] - shift) + more)
-    peaks.append(peak)
-  return Running(jnp.stack(peaks), jnp.stack(totals))
-
-
-def _weights(
-  tile: Tile,
-  block: Block,
-  other: Block,
-  scale: Array,
-  found: list[Array],
-  anchors: Anchors,
-  other_anchors: Anchors,
-) -> list[Array]:
-  """dL/dX / s for every block of a tile: as anchors' rows, and as others' candidates.
-
-  The two weights are exponentials of one logit less two log-sum-exps. Where these lie
-  close together over the tile, and all is there, so that both weights have one mask,
-  the second is the first times a product of two vectors.
-  """
-  lse = anchors.lse, other_anchors.lse
-  highest, lowest = (jnp.maximum(*map(jnp.max, lse)), jnp.minimum(*map(jnp.min, lse)))
-  near = highest - lowest < _NEAR
-  whole = jnp.all(block.there) & jnp.all(other.there)
-  apart = different(block.ids, other.ids)
-
-  def one_exponential():
-    weights = []
-    for p, (x, q) in enumerate(zip(found, tile.transposed, strict=True)):
-      own, theirs = anchors.lse[p], other_anchors.lse[q]
-      down = jnp.exp(jnp.where(apart, scale * x - own[:, None], -jnp.inf))
-      up = jnp.exp(own - own[0])
-      back = other_anchors.cotangent[q] * jnp.exp(own[0] - theirs)
-      both = anchors.cotangent[p][:, None] + up[:, None] * back[None, :]
-      weights.append(down * both)
-    return weights
-
-  def two_exponentials():
-    masks, masks_back = tile.read(block, other), tile.read_back(block, other)
-    weights = []
-    for p, (x, q) in enumerate(zip(found, tile.transposed, strict=True)):
-      logit = scale * x
-      down = jnp.exp(jnp.where(masks[p], logit - anchors.lse[p][:, None], -jnp.inf))
-      back = logit - other_anchors.lse[q][None, :]
-      back = jnp.exp(jnp.where(masks_back[p], back, -jnp.inf))
-      down *= anchors.cotangent[p][:, None]
-      back *= other_anchors.cotangent[q][None, :]
-      weights.append(down + back)
-    return weights
-
-  return jax.lax.cond(near & whole, one_exponential, two_exponentials)
-
-
 def _zeros(like: Array) -> Array:
   """float32 zeros that vary over devices as `like` does; NaN where it is not finite."""
   return 0.0 * like.astype(jnp.float32)
@@ -286,12 +171,6 @@ def _zeros(like: Array) -> Array:
 def _safe(anchors: Anchors) -> Anchors:
   lse = jnp.where(anchors.lse > -jnp.inf, anchors.lse, _FAR)
   return Anchors(lse, anchors.cotangent)
-
-
-def _turned(tile: Tile, running: Running) -> Running:
-  """The places of (a, m) and (m, a) exchanged."""
-  order = jnp.asarray(tile.transposed)
-  return Running(*(x[order] for x in running))
 
 
 def _cut(tree: Block, size: int) -> Block:

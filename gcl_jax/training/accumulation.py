@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from gcl_jax.sharding import BATCH_AXES, put_batch
+from gcl_jax.sharding import put_batch
 
 # params, batch, constants -> (loss, metrics), gradients
 ValueAndGrad = Callable[[Any, Any, Any], tuple[tuple[jax.Array, dict], Any]]
@@ -37,14 +36,9 @@ def put_parts(
   """
   if parts == 1:
     return put_batch(mesh, batch)
-  sharding = NamedSharding(mesh, P(None, BATCH_AXES))
-  return {
-    # Every process holds rows p, p + processes, ...: a cut here is a cut there.
-    name: jax.make_array_from_process_local_data(
-      sharding, rows.reshape(parts, -1, *rows.shape[1:])
-    )
-    for name, rows in batch.items()
-  }
+  # Every process holds rows p, p + processes, ...: a cut here is a cut there.
+  cut = {n: rows.reshape(parts, -1, *rows.shape[1:]) for n, rows in batch.items()}
+  return put_batch(mesh, cut, axis=1)
 
 
 def over_parts(value_and_grad: ValueAndGrad, parts: int, frozen: Any) -> ValueAndGrad:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
 from gcl_jax.losses.denominators import DENOMINATORS
-from gcl_jax.losses.pairs import FORMS
+from gcl_jax.losses.pairs import FORMS, KERNEL_DEPTH, KERNELS
 from gcl_jax.training.optimizer import LOCKS
 from gcl_jax.training.update_rules import RULES
 
@@ -34,9 +34,15 @@ def check_loss(config: ConfigDict) -> None:
       "temperature.mode": ("learned", "fixed"),
       "fusion.of": ("raw", "unit"),
       "loss.form": FORMS,
+      "loss.kernel": KERNELS,
       "model.dtype": ("float32", "bfloat16"),
     },
   )
+  if loss.kernel != "xla" and loss.form == "dense":
+    raise UserError(
+      f"config.loss.kernel is {loss.kernel!r}, but config.loss.form is 'dense', which "
+      "has no tiles: take another form, or kernel xla."
+    )
   direction_weights(config)
   scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
   capped = config.temperature.mode == "learned" and top
@@ -52,6 +58,19 @@ def check_loss(config: ConfigDict) -> None:
     raise UserError(
       f"config.loss.separation_features is {features!r}: it is none, initial_text_tower "
       "or a .npy file with one row per record."
+    )
+
+
+def check_kernel(config: ConfigDict, depth: int) -> None:
+  """Refuses kernels for embeddings of so many numbers, where they take none such.
+
+  Raises:
+    UserError: naming both.
+  """
+  if config.loss.kernel == "pallas" and depth % KERNEL_DEPTH:
+    raise UserError(
+      f"config.loss.kernel is 'pallas', whose kernels take embeddings of a multiple of "
+      f"{KERNEL_DEPTH} numbers, and this model's have {depth}: leave it at xla."
     )
 
 
@@ -147,11 +166,6 @@ def check_numbers(config: ConfigDict) -> None:
       f"adamw, or set config.lora.rank ({config.lora.rank}) to 0."
     )
   check_optimizer(config)
-  if config.mesh.tensor != 1:
-    raise UserError(
-      f"config.mesh.tensor is {config.mesh.tensor}: towers are not split over tensor "
-      "devices yet; leave it at 1."
-    )
   if config.log.wandb and importlib.util.find_spec("wandb") is None:
     raise UserError(
       f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "

@@ -65,6 +65,7 @@ def default_config() -> ConfigDict:
   config.loss.intra_modal_separation = 0.0  # weight of AlignCLIP's separation term
   config.loss.separation_features = "none"  # none, initial_text_tower, or a .npy file
   config.loss.form = "auto"  # streaming or ring; dense holds all logits at once
+  config.loss.kernel = "xla"  # pallas: tiles as kernels, for NVIDIA GPUs
 
   config.temperature = ConfigDict()
   config.temperature.mode = "learned"  # learned, or fixed

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcl_jax.errors import UserError
+from gcl_jax.errors import Preempted, UserError
+from gcl_jax.processes import Stop
 from gcl_jax.training.state import State, Step
 from gcl_jax.training.writers import MetricWriter, ProgressLine
 
@@ -46,6 +47,7 @@ def run_loop(
   evaluate: Callable[[State, int], None],
   writer: MetricWriter,
   watch: Callable[[int, Mapping[str, float]], None],
+  stop: Stop,
   workdir: Path,
   records: int,
 ) -> State:
@@ -66,6 +68,7 @@ def run_loop(
     evaluate: called with (state, step) after a step was saved.
     writer: where the numbers of a step go.
     watch: sees the same numbers.
+    stop: asked after every step.
     workdir: the run's folder, for profiler traces.
     records: size of the training source.
 
@@ -75,6 +78,7 @@ def run_loop(
   Raises:
     UserError: the loss or an update stopped being finite, or too many records cannot
       be read. The last checkpoint is whole and from before.
+    Preempted: the job was told to stop; the step is saved.
   """
   start = int(state["step"])
   progress = ProgressLine(total_steps, config.batch_size, start)
@@ -98,9 +102,16 @@ def run_loop(
       watch(step, values)
       waited = 0.0
     evaluated = last or _due(step, config.eval.every)
-    if evaluated or _due(step, config.checkpoint.every):
+    stopped = stop.asked()
+    if stopped or evaluated or _due(step, config.checkpoint.every):
       guard.check(state)
       checkpoints.save(step, state, batches.position)
+    if stopped:
+      profiler.close()
+      checkpoints.wait()
+      raise Preempted(
+        f"told to stop: step {step} is saved; the same command goes on from there"
+      )
     if evaluated:
       evaluate(state, step)
       progress.reset()

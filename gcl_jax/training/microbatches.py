@@ -44,6 +44,11 @@ def in_microbatches(embed: Embed, count: int, mesh: Mesh) -> Embed:
     made = jax.lax.map(jax.checkpoint(lambda part: embed(params, part)), parts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
 
+  # The other axes stay the compiler's: a product may be split over `tensor` inside.
   return jax.shard_map(
-    here, mesh=mesh, in_specs=(P(), P(BATCH_AXES)), out_specs=P(BATCH_AXES)
+    here,
+    mesh=mesh,
+    axis_names=set(BATCH_AXES),
+    in_specs=(P(), P(BATCH_AXES)),
+    out_specs=P(BATCH_AXES),
   )

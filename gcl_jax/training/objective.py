@@ -80,8 +80,9 @@ def make_objective(
       **present,
       **placement,
     }
+    kernel = loss_config.kernel
     if loss_config.name == "contrastive":
-      loss, directions = contrastive_loss(image, text, **shared)
+      loss, directions = contrastive_loss(image, text, kernel=kernel, **shared)
     else:
       fused = fuse(image, text, mix) if config.fusion.as_bank else mix
       loss, directions = gcl_loss(
@@ -90,6 +91,7 @@ def make_objective(
         fused,
         denominator=loss_config.denominator,
         direction_weights=weights,
+        kernel=kernel,
         **shared,
       )
     metrics = {"loss": loss, **_diagnostics(directions, mix, present, scale)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -28,14 +29,15 @@ from gcl_jax.checkpoints.folder import check_free
 from gcl_jax.checkpoints.manager import saved_steps
 from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.data import Pipeline, Source, open_source
-from gcl_jax.errors import UserError
+from gcl_jax.errors import Preempted, UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
+from gcl_jax.processes import Largest, Stop, barrier, is_first
 from gcl_jax.processing import Processor
-from gcl_jax.sharding import batch_devices, make_mesh
+from gcl_jax.sharding import batch_devices, batch_share, make_mesh
 from gcl_jax.training.accumulation import put_parts
 from gcl_jax.training.adapters import adapted, adapted_shapes
 from gcl_jax.training.average import begin_average
-from gcl_jax.training.check import check_loss, check_numbers
+from gcl_jax.training.check import check_kernel, check_loss, check_numbers
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -51,11 +53,15 @@ from gcl_jax.training.state import (
   init_state,
   make_step,
   place_parameters,
+  places_of_state,
 )
 from gcl_jax.training.writers import MetricWriter
 
-# model, parameters, processor, mesh -> a result of JSON values
-Evaluate = Callable[[Model, Any, Processor, Mesh], Mapping[str, Any]]
+# model, parameters, processor, mesh, what to call now and then with (items done, items
+# to do) -> a result of JSON values
+Evaluate = Callable[
+  [Model, Any, Processor, Mesh, Callable[[int, int], None]], Mapping[str, Any]
+]
 # a result -> the number that keep-best watches, and what the boards show
 Score = Callable[[Mapping[str, Any]], float]
 Summarize = Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -115,12 +121,14 @@ def train(
     )
   # In this order on disk too: a step is whole before its result is written.
   results = read_results(workdir)
+  barrier("the folder was read")  # before any of us writes to it
   if total_steps in saved and total_steps in results:
     return Outcome(False, total_steps, results)
 
   parts = _assemble(config, source, stored, mesh, total_steps, bool(saved), workdir)
-  batches = _pipeline(config, source, parts.processor)
+  batches = _pipeline(config, source, parts.processor, mesh)
   _describe(config, parts, total_steps, source, mesh, workdir)
+  barrier("the folder is a run's")
   checkpoints = Checkpoints(
     workdir,
     keep_last=config.checkpoint.keep_last,
@@ -129,23 +137,36 @@ def train(
   )
   latest = checkpoints.latest()
   writer = MetricWriter(workdir, config, latest or 0)
-  try:
+  with contextlib.ExitStack() as closing:
+    for part in (checkpoints, writer, batches):  # closed in the other order
+      closing.callback(part.close)
+    stop = closing.enter_context(Stop())
     state = init_state(parts.params, parts.optimizer, mesh)
     if config.ema_decay:
       state = begin_average(state, parts.frozen)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     if latest is not None:
       state, batches.position = checkpoints.restore(latest, state)
-      print(f"going on from step {latest}", file=sys.stderr, flush=True)
+      if is_first():
+        print(f"going on from step {latest}", file=sys.stderr, flush=True)
 
     def evaluate_and_keep(state: Any, step: int) -> None:
+      def go_on(done: int, total: int) -> None:
+        if stop.asked():
+          raise Preempted(
+            f"told to stop while evaluating ({done} of {total} items): "
+            f"{f'step {step} is saved' if step else 'nothing was trained yet'}; the "
+            "same command goes on from there"
+          )
+
       weights = weights_in_use(state, config.lora.alpha)
-      result = evaluate(parts.model, weights, parts.processor, mesh)
+      result = evaluate(parts.model, weights, parts.processor, mesh, go_on)
       checkpoints.wait()
       write_result(workdir, step, result)
       results[step] = result
       numbers = summarize(result).items()
       writer.write(step, {f"eval/{name}": value for name, value in numbers})
-      if jax.process_index() == 0:
+      if is_first():
         line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
         print(line, file=sys.stderr, flush=True)
 
@@ -160,25 +181,23 @@ def train(
         parts.optimizer,
         parts.frozen,
         config.temperature,
+        places,
         ema_decay=config.ema_decay,
         accumulate_steps=config.accumulate_steps,
       ),
       batches=batches,
       place=lambda batch: put_parts(
-        mesh, _rows(batch, parts.features, config), config.accumulate_steps
+        mesh, _rows(batch, parts.features, config, mesh), config.accumulate_steps
       ),
       constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
       writer=writer,
       watch=_weight_watch(config),
+      stop=stop,
       workdir=workdir,
       records=len(source),
     )
-  finally:
-    batches.close()
-    writer.close()
-    checkpoints.close()
   return Outcome(True, total_steps, results)
 
 
@@ -206,19 +225,24 @@ def _assemble(
   """Everything that can be refused first, the parameters (which compile) last."""
   features = _separation_features(config, len(source))
   model, processor, first_params = make_start(config, source, stored, trained)
+  check_kernel(config, model.config.projection_dim)
   shapes = adapted_shapes(config, model.abstract())
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
   frozen = frozen_mask(config.optimizer, config.temperature, shapes)
   objective = make_objective(model, processor.image, config, mesh)
-  _pipeline(config, source, processor).close()  # refuses what it cannot read
+  _pipeline(config, source, processor, mesh).close()  # refuses what it cannot read
+  places_of_state(shapes, optimizer, mesh)  # and what cannot be split so
   params = cap_logit_scale(first_params(), config.temperature)
-  if _needs_initial(config) and not trained and jax.process_index() == 0:
+  if _needs_initial(config) and not trained and is_first():
     write_pretrained(workdir / _INITIAL, model.config, params)
   params = adapted(params, shapes, config.seed)
   return _Parts(model, params, processor, optimizer, frozen, objective, features)
 
 
-def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipeline:
+def _pipeline(
+  config: ConfigDict, source: Source, processor: Processor, mesh: Mesh
+) -> Pipeline:
+  part, parts = batch_share(mesh)
   return Pipeline(
     source,
     processor,
@@ -227,8 +251,9 @@ def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipel
     augment=config.data.augment,
     crop_scale=tuple(config.data.crop_scale),
     buckets=tuple(config.data.text_buckets),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
+    agree=Largest("longest text"),
     threads=config.data.threads,
     # Grain keeps no more threads at work than there are batches ahead.
     prefetch=max(config.data.prefetch, config.data.threads),
@@ -236,14 +261,18 @@ def _pipeline(config: ConfigDict, source: Source, processor: Processor) -> Pipel
 
 
 def _rows(
-  batch: Mapping[str, np.ndarray], features: np.ndarray | None, config: ConfigDict
+  batch: Mapping[str, np.ndarray],
+  features: np.ndarray | None,
+  config: ConfigDict,
+  mesh: Mesh,
 ) -> dict:
   rows = {name: batch[name] for name in _STEP_KEYS}
   if features is not None:
     rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
   if config.model.patch_dropout:  # whose draws are by place, as the pipeline deals them
     here = np.arange(len(batch["index"]), dtype=np.int32)
-    rows["place"] = here * jax.process_count() + jax.process_index()
+    part, parts = batch_share(mesh)
+    rows["place"] = here * np.int32(parts) + np.int32(part)
   return rows
 
 
@@ -321,7 +350,7 @@ def _weight_watch(config: ConfigDict) -> Callable[[int, Mapping[str, float]], No
   """Warns once, when fusion weights have become large."""
   loss = config.loss
   careful = config.fusion.as_bank or loss.form == "dense" or loss.name != "gcl"
-  quiet = careful or jax.process_index() != 0
+  quiet = careful or not is_first()
 
   def watch(step: int, values: Mapping[str, float]) -> None:
     nonlocal quiet
@@ -379,7 +408,7 @@ def _describe(
   fields = "\n".join(
     f"  config.{name} = {value!r}" for name, value in changed_fields(config).items()
   )
-  if jax.process_index():
+  if not is_first():
     return
   print(
     f"config, where it differs from the defaults (all of it: {workdir}/run.json):\n"

@@ -7,11 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gcl_jax.sharding import REPLICATED_PARAMETERS, map_with_path, replicated, shardings
+from gcl_jax.sharding import (
+  PARAMETER_RULES,
+  map_with_path,
+  put,
+  replicated,
+  shardings,
+  state_shardings,
+)
 from gcl_jax.training.accumulation import over_parts
 from gcl_jax.training.average import next_average
 from gcl_jax.training.objective import Objective
@@ -22,12 +30,34 @@ from gcl_jax.training.optimizer import cap_logit_scale
 #  "failed_step": int32, the first step whose loss or update was not finite, or -1,
 #  and where the run keeps an average "ema": that of the trained parameters (average.py)}
 State = dict[str, Any]
+_COUNTERS = {"step": 0, "bad_records": 0, "failed_step": -1}
 Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
 
 
 def place_parameters(params: Any, mesh: Mesh) -> Any:
-  """Parameters on the mesh, by the sharding rules."""
-  return jax.device_put(params, shardings(mesh, params, REPLICATED_PARAMETERS))
+  """Parameters on the mesh, by the sharding rules; copies.
+
+  Raises:
+    UserError: an axis of the mesh does not divide what it splits.
+  """
+  return put(params, shardings(mesh, params, PARAMETER_RULES))
+
+
+def places_of_state(
+  shapes: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+  """Where every array of a state lies: moments with their parameters.
+
+  Raises:
+    UserError: as `place_parameters`.
+  """
+  params = shardings(mesh, shapes, PARAMETER_RULES)
+  moments = jax.eval_shape(optimizer.init, shapes)
+  return {
+    "params": params,
+    "optimizer": state_shardings(mesh, moments, shapes, params),
+    **dict.fromkeys(_COUNTERS, replicated(mesh)),
+  }
 
 
 def init_state(
@@ -37,19 +67,15 @@ def init_state(
 
   The arrays are copies: the step donates them, and the caller keeps its own.
   """
-  placed = jax.tree.map(jnp.copy, place_parameters(params, mesh))
-  everywhere = replicated(mesh)
-  # The moments take their parameters' places; counters go everywhere.
-  moments = jax.jit(optimizer.init)(placed)
-  moments = jax.device_put(moments, jax.tree.map(lambda _: everywhere, moments))
-  counters = {"step": 0, "bad_records": 0, "failed_step": -1}
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  places = places_of_state(shapes, optimizer, mesh)
+  placed = put(params, places["params"])
+  moments = jax.jit(optimizer.init, out_shardings=places["optimizer"])(placed)
+  counters = {name: np.int32(value) for name, value in _COUNTERS.items()}
   return {
     "params": placed,
     "optimizer": moments,
-    **{
-      name: jax.device_put(jnp.int32(value), everywhere)
-      for name, value in counters.items()
-    },
+    **put(counters, {name: places[name] for name in counters}),
   }
 
 
@@ -58,6 +84,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   frozen: Any,
   temperature: ConfigDict,
+  places: State | None = None,
   *,
   ema_decay: float = 0.0,
   accumulate_steps: int = 1,
@@ -69,6 +96,7 @@ def make_step(
     optimizer: of `make_optimizer`.
     frozen: a tree of bools like the parameters: no gradient is computed for these.
     temperature: `config.temperature`.
+    places: of `places_of_state`: where the new state lies; None leaves it to JAX.
     ema_decay: `config.ema_decay`, of a state that keeps an average.
     accumulate_steps: into how many parts the batch was cut by `put_parts`.
 
@@ -113,7 +141,8 @@ def make_step(
     norms = {"gradient_norm": grad_norm, "update_norm": update_norm}
     return new_state, {**metrics, **norms}
 
-  return jax.jit(step, donate_argnums=0)
+  out = None if places is None else (places, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def count_parameters(params: Any) -> dict[str, int]:

@@ -101,7 +101,7 @@ class ProgressLine:
   def __init__(self, total_steps: int, pairs_per_step: int, start_step: int):
     self._total, self._pairs = total_steps, pairs_per_step
     self._last_step, self._last_time = start_step, time.monotonic()
-    self._live = sys.stderr.isatty()
+    self._live, self._shown = sys.stderr.isatty(), jax.process_index() == 0
 
   def rates(self, step: int, waited: float) -> dict[str, float]:
     """Pairs/s and share of time spent waiting for data, since the last call."""
@@ -119,7 +119,9 @@ class ProgressLine:
     self._last_time = time.monotonic()
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
-    """Prints the line for a step."""
+    """Prints the line for a step, on the first process."""
+    if not self._shown:
+      return
     left = (self._total - step) * self._pairs / max(values["pairs_per_second"], 1e-9)
     text = (
       f"step {step}/{self._total}  loss {values['loss']:.4f}  "

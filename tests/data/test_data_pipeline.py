@@ -148,10 +148,7 @@ def test_processes_together_hold_the_global_batch(make, processes):
     for p in range(processes)
   ]
   for step, batch in enumerate(whole):
-    joined = {name: np.empty_like(value) for name, value in batch.items()}
-    for p in range(processes):
-      for name in joined:
-        joined[name][p::processes] = parts[p][step][name]
+    joined = {name: np.concatenate([part[step][name] for part in parts]) for name in batch}
     assert_same(batch, joined)
 
 
@@ -162,8 +159,9 @@ def test_another_number_of_processes_goes_on_from_the_same_position(make):
   options = {"buckets": (20,), "position": 24, "process_count": 4}
   parts = [next(make(process_index=p, **options)) for p in range(4)]
   for p, part in enumerate(parts):
-    np.testing.assert_array_equal(part["pixels"], expected["pixels"][p::4])
-    np.testing.assert_array_equal(part["tokens"], expected["tokens"][p::4])
+    mine = slice(2 * p, 2 * p + 2)
+    np.testing.assert_array_equal(part["pixels"], expected["pixels"][mine])
+    np.testing.assert_array_equal(part["tokens"], expected["tokens"][mine])
 
 
 def test_another_batch_size_goes_on_from_the_same_position(make):

@@ -29,7 +29,10 @@ def _mesh(*shape):
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _run(case, kind, mesh, denominator, form, place=lambda x: x):
+def _run(
+  case, kind, mesh, denominator, form, scales, place=lambda x: x, dtype="float32"
+):
+  """Loss, directions and gradients at each of the scales."""
   third = (case.fused,) if kind == "bank" else (case.alpha, case.beta)
   options = jax.tree.map(lambda x: place(jnp.asarray(x)), case.options)
 
@@ -49,10 +52,12 @@ def _run(case, kind, mesh, denominator, form, place=lambda x: x):
     )
 
   arrays = [place(jnp.asarray(x)) for x in (case.image, case.text, *third)]
-  arrays.append(jnp.float32(20))
-  run = jax.value_and_grad(run, argnums=tuple(range(len(arrays))), has_aux=True)
-  (loss, directions), gradients = jax.jit(run)(*arrays)
-  return [loss, directions, *gradients]
+  arrays = [x.astype(dtype) if x.ndim == 2 else x for x in arrays]
+  places = tuple(range(len(arrays) + 1))
+  run = jax.jit(jax.value_and_grad(run, argnums=places, has_aux=True))
+  for scale in scales:
+    (loss, directions), gradients = run(*arrays, jnp.float32(scale))
+    yield [loss, directions, *gradients]
 
 
 def _collectives(form, kind):
@@ -123,7 +128,7 @@ def test_a_ring_gathers_nothing(kind):
   assert both == {"collective_permute": 2 * guests + 2, "all_reduce": 2}
 
 
-def _reference(case, kind, denominator):
+def _reference(case, kind, denominator, scale=20):
   image, text, fused, alpha, beta = case.for_oracle()
   oracle = loss_oracle.gcl_function(
     16, denominator, loss_cases.WEIGHTS, **case.oracle_options()
@@ -134,42 +139,60 @@ def _reference(case, kind, denominator):
     return oracle(image, text, bank, rest[-1])
 
   third = (fused,) if kind == "bank" else (alpha, beta)
-  arrays = (image, text, *third, np.float64(20))
+  arrays = (image, text, *third, np.float64(scale))
   gradients = loss_oracle.central_differences(lambda *x: run(*x)[0], arrays)
   return [*run(*arrays), *gradients]
 
 
 @pytest.mark.parametrize(
-  ("denominator", "kind", "shape", "sharded", "form"),
+  ("denominator", "kind", "shape", "sharded", "form", "scale"),
   [
-    ("self_masked", "bank", (8, 1, 1), True, "dense"),
-    ("self_masked", "bank", (4, 1, 1), True, "streaming"),
-    ("self_masked", "mix", (8, 1, 1), True, "streaming"),
-    ("self_masked", "mix", (2, 1, 1), True, "ring"),
-    ("literal", "bank", (2, 2, 2), True, "ring"),
-    ("literal", "mix", (1, 1, 8), True, "streaming"),
-    ("clean", "mix", (2, 4, 1), True, "streaming"),
-    ("clean", "bank", (2, 4, 1), True, "dense"),
-    ("cross_only", "mix", (4, 2, 1), False, "ring"),
-    ("cross_only", "bank", (1, 2, 1), False, "streaming"),
-    ("target_only", "bank", (4, 2, 1), True, "streaming"),
-    ("target_only", "mix", (8, 1, 1), True, "ring"),
+    ("self_masked", "bank", (8, 1, 1), True, "dense", 20),
+    ("self_masked", "bank", (4, 1, 1), True, "streaming", 1),
+    ("self_masked", "mix", (8, 1, 1), True, "streaming", 20),
+    ("self_masked", "mix", (2, 1, 1), True, "ring", 100),
+    ("literal", "bank", (2, 2, 2), True, "ring", 1),
+    ("literal", "mix", (1, 1, 8), True, "streaming", 100),
+    ("clean", "mix", (2, 4, 1), True, "streaming", 100),
+    ("clean", "bank", (2, 4, 1), True, "dense", 1),
+    ("cross_only", "mix", (4, 2, 1), False, "ring", 20),
+    ("cross_only", "bank", (1, 2, 1), False, "streaming", 100),
+    ("target_only", "bank", (4, 2, 1), True, "streaming", 100),
+    ("target_only", "mix", (8, 1, 1), True, "ring", 1),
   ],
 )
-def test_devices_agree_with_the_float64_oracle(denominator, kind, shape, sharded, form):
+def test_devices_agree_with_the_float64_oracle(
+  denominator, kind, shape, sharded, form, scale
+):
   case = loss_cases.sixteen()
   mesh = _mesh(*shape)
   sharding = NamedSharding(mesh, P(("data", "fsdp")))
-  many = _run(
-    case,
-    kind,
-    mesh,
-    denominator,
-    form,
-    (lambda x: jax.device_put(x, sharding)) if sharded else (lambda x: x),
-  )
-  for got, want in zip(many, _reference(case, kind, denominator), strict=True):
+  place = (lambda x: jax.device_put(x, sharding)) if sharded else (lambda x: x)
+  (many,) = _run(case, kind, mesh, denominator, form, [scale], place)
+  for got, want in zip(many, _reference(case, kind, denominator, scale), strict=True):
     assert error(got, want) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize("form", ["streaming", "ring"])
+@pytest.mark.parametrize("kind", ["bank", "mix"])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_every_scale_and_type_on_every_number_of_devices(
+  denominator, kind, form, shape
+):
+  mesh, scales = _mesh(*shape), (1, 20, 100)
+  case = loss_cases.sixteen()
+  banks = (x.astype(jnp.bfloat16).astype(np.float32) for x in case[:3])
+  rounded = case._replace(**dict(zip(case._fields, banks, strict=False)))
+  for of, dtype, limit in ((case, "float32", 1e-5), (rounded, "bfloat16", 2e-2)):
+    many = _run(of, kind, mesh, denominator, form, scales, dtype=dtype)
+    # The dense form's own error on these inputs, where it is the larger one.
+    alone = _run(of, kind, None, denominator, "dense", scales)
+    for scale, made, dense in zip(scales, many, alone, strict=True):
+      wants = _reference(of, kind, denominator, scale)
+      for got, other, want in zip(made, dense, wants, strict=True):
+        assert error(got, want) <= max(limit, 2 * error(other, want)), (dtype, scale)
 
 
 def test_two_processes_of_two_devices_agree_with_the_float64_oracle(tmp_path):

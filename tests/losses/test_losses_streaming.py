@@ -10,7 +10,7 @@ import pytest
 from loss_oracle import error
 
 from gcl_jax.fusion import Mix
-from gcl_jax.losses import contrastive_loss, engine, gcl_loss, streaming
+from gcl_jax.losses import contrastive_loss, engine, gcl_loss, tiles
 from gcl_jax.losses.pairs import make_pairs
 from gcl_jax.losses.tiles import Tile
 from gcl_jax.sharding import make_mesh
@@ -29,8 +29,8 @@ def _value_and_gradients(case, scale, **options):
 def test_one_exponential_is_as_good_as_two(scale, monkeypatch):
   case = loss_cases.clean(9, 5)
   want = _value_and_gradients(case, scale, form="dense")
-  for near, branch in ((1e9, "one"), (-1.0, "two"), (streaming._NEAR, "as it comes")):
-    monkeypatch.setattr(streaming, "_NEAR", near)
+  for near, branch in ((1e9, "one"), (-1.0, "two"), (tiles._NEAR, "as it comes")):
+    monkeypatch.setattr(tiles, "_NEAR", near)
     jax.clear_caches()  # the limit is a constant of the compiled program
     if branch == "one" and scale == 100.0:
       continue  # that far apart it overflows: what the limit is for

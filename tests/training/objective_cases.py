@@ -38,8 +38,10 @@ class Towers:
     rows = rows.reshape(-1, GRID**2, 3 * PATCH**2)
     if kept_patches is not None:
       rows = jnp.take_along_axis(rows, kept_patches[:, :, None], axis=1)
-    image = jnp.tanh(rows @ self.params["vision"]["kernel"]).mean(axis=1)
-    text = self.params["text"]["embedding"][tokens].mean(axis=1)
+    image = jnp.tanh(rows @ self.params["vision"]["patch_embedding"]["kernel"]).mean(
+      axis=1
+    )
+    text = self.params["text"]["token_embedding"]["embedding"][tokens].mean(axis=1)
     return score_fusion(image, text, has_image=has_image, has_text=has_text)
 
 
@@ -55,9 +57,11 @@ class Model:
 def params() -> dict[str, Any]:
   """First parameters."""
   rng = np.random.default_rng(1)
+  patches = rng.standard_normal((3 * PATCH**2, WIDTH), np.float32)
+  words = rng.standard_normal((50, WIDTH), np.float32)
   return {
-    "vision": {"kernel": rng.standard_normal((3 * PATCH**2, WIDTH), np.float32)},
-    "text": {"embedding": rng.standard_normal((50, WIDTH), np.float32)},
+    "vision": {"patch_embedding": {"kernel": patches}},
+    "text": {"token_embedding": {"embedding": words}},
     "logit_scale": np.float32(2.0),
   }
 

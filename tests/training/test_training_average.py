@@ -20,8 +20,8 @@ def averaged_run(steps, decay):
   config.optimizer.learning_rate = 0.1
   config.optimizer.locked_tower = "text"
   params = {
-    "vision": {"kernel": jnp.arange(4.0)},
-    "text": {"kernel": jnp.full(3, 0.1)},
+    "vision": {"class_embedding": jnp.arange(4.0)},
+    "text": {"final_norm": {"scale": jnp.full(3, 0.1)}},
     "logit_scale": jnp.float32(3.0),
   }
 
@@ -45,13 +45,15 @@ def averaged_run(steps, decay):
 
 def test_it_follows_the_parameters_faster_at_first():
   states = averaged_run(4, decay=0.25)
-  assert states[0]["ema"]["vision"]["kernel"].tolist() == [0, 1, 2, 3]
-  want = states[0]["ema"]["vision"]["kernel"]
+  assert states[0]["ema"]["vision"]["class_embedding"].tolist() == [0, 1, 2, 3]
+  want = states[0]["ema"]["vision"]["class_embedding"]
   for number, state in enumerate(states[1:]):
     reached = min(0.25, (1 + number) / (10 + number))  # 0.1, 0.18, 0.25, 0.25
-    want = reached * want + (1 - reached) * state["params"]["vision"]["kernel"]
-    np.testing.assert_allclose(state["ema"]["vision"]["kernel"], want, rtol=1e-6)
-    assert (want != state["params"]["vision"]["kernel"]).all()
+    want = reached * want + (1 - reached) * state["params"]["vision"]["class_embedding"]
+    np.testing.assert_allclose(
+      state["ema"]["vision"]["class_embedding"], want, rtol=1e-6
+    )
+    assert (want != state["params"]["vision"]["class_embedding"]).all()
 
 
 def test_what_is_frozen_is_not_stored_twice_and_keeps_its_bits():
@@ -59,11 +61,12 @@ def test_what_is_frozen_is_not_stored_twice_and_keeps_its_bits():
   assert last["ema"].keys() == {"vision", "logit_scale"}
   used = weights_in_use(last, 1.0)
   assert jax.tree.structure(used) == jax.tree.structure(last["params"])
-  assert used["text"]["kernel"].tobytes() == first["params"]["text"]["kernel"].tobytes()
-  assert used["vision"]["kernel"] is last["ema"]["vision"]["kernel"]
+  scales = [tree["text"]["final_norm"]["scale"] for tree in (used, first["params"])]
+  assert scales[0].tobytes() == scales[1].tobytes()
+  assert used["vision"]["class_embedding"] is last["ema"]["vision"]["class_embedding"]
   assert used["logit_scale"] == last["ema"]["logit_scale"]
 
 
 def test_without_an_average_the_parameters_are_used():
-  params = {"vision": {"kernel": np.ones(2)}}
+  params = {"vision": {"class_embedding": np.ones(2)}}
   assert weights_in_use({"params": params}, 1.0) == params

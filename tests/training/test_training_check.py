@@ -5,6 +5,7 @@ import pytest
 
 from gcl_jax.errors import UserError
 from gcl_jax.training.check import (
+  check_kernel,
   check_loss,
   check_numbers,
   describe_loss,
@@ -100,3 +101,13 @@ def test_lora_with_what_makes_no_sense_beside_it_is_refused():
     config.optimizer.name = name
     with pytest.raises(UserError, match=rf"is {name}, .*LoRA.*lora.rank \(4\) to 0"):
       check_numbers(config)
+
+
+def test_kernels_take_embeddings_of_a_multiple_of_sixteen():
+  config = default_config()
+  config.loss.kernel = "pallas"
+  check_kernel(config, 640)
+  with pytest.raises(
+    UserError, match="multiple of 16 numbers, and this model's have 40"
+  ):
+    check_kernel(config, 40)

@@ -75,7 +75,7 @@ def runs(tmp_path_factory) -> Runs:
   one = make_mesh(devices=jax.devices()[:1])  # the quickest to compile for
   evaluated = []
 
-  def evaluate(model, params, processor, mesh):
+  def evaluate(model, params, processor, mesh, go_on):
     evaluated.append(jax.tree.map(np.asarray, params))
     return {}
 

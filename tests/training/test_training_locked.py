@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from gcl_jax.models import CLIPConfig, build
@@ -11,7 +10,7 @@ from gcl_jax.sharding import make_mesh
 from gcl_jax.training import optimizer as optimizers
 from gcl_jax.training.config import default_config
 from gcl_jax.training.objective import make_objective
-from gcl_jax.training.state import init_state, make_step
+from gcl_jax.training.state import make_step
 
 _TOWER = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 # The towers' MLPs differ, so that a gradient's shape says whose it is.
@@ -70,8 +69,11 @@ def traced_step(microbatches, **fields):
     "has_text": jnp.ones(4, bool),
     "pair_ids": jnp.arange(8, dtype=jnp.int32).reshape(4, 2),
   }
-  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  state = jax.eval_shape(lambda tree: init_state(tree, optimizer, mesh), params)
+  state = {
+    "params": shapes,
+    "optimizer": jax.eval_shape(optimizer.init, shapes),
+    **dict.fromkeys(("step", "bad_records", "failed_step"), jnp.int32(0)),
+  }
   return product_shapes(jax.make_jaxpr(step)(state, batch, {}).jaxpr)
 
 

@@ -1,5 +1,6 @@
 """The loop with everything around it replaced: order of its acts, and when it stops."""
 
+import itertools
 import types
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gcl_jax.errors import UserError
+from gcl_jax.errors import Preempted, UserError
 from gcl_jax.training.config import default_config
 from gcl_jax.training.loop import run_loop
 
@@ -36,12 +37,21 @@ def state(step=0, bad=0, failed=-1):
 
 
 def loop(
-  total, *, acts=None, start=0, bad_per_step=0, fails_at=None, records=1000, **fields
+  total,
+  *,
+  acts=None,
+  start=0,
+  bad_per_step=0,
+  fails_at=None,
+  stopped_at=None,
+  records=1000,
+  **fields,
 ):
   config = default_config()
   config.batch_size, config.log.every, config.checkpoint.every = 4, 2, 3
   config.update_from_flattened_dict(fields)
   acts = [] if acts is None else acts
+  asked = itertools.count(start + 1)
 
   def step(carried, batch, constants):
     number = int(carried["step"]) + 1
@@ -69,10 +79,19 @@ def loop(
       write=lambda number, values: acts.append(f"write {number}")
     ),
     watch=lambda *_: None,
+    stop=types.SimpleNamespace(asked=lambda: next(asked) == stopped_at),
     workdir=Path("nowhere"),
     records=records,
   )
   return result, acts
+
+
+def test_a_stop_saves_the_step_and_evaluates_nothing():
+  acts = []
+  with pytest.raises(Preempted, match="step 4 is saved"):
+    loop(9, acts=acts, stopped_at=4, **{"eval.every": 4})
+  assert acts[-3:] == ["write 4", "save 4 at 16", "wait"]
+  assert not any(act.startswith("evaluate") for act in acts)
 
 
 def test_a_step_is_saved_before_it_is_evaluated_and_the_last_always():

@@ -13,11 +13,15 @@ from gcl_jax.training.state import init_state, make_step
 def tiny_step():
   config = default_config()
   config.optimizer.learning_rate = 0.1
-  params = {"a": {"kernel": jnp.ones((2, 2))}, "logit_scale": jnp.float32(0.0)}
+  params = {
+    "image_projection": {"kernel": jnp.ones((2, 2))},
+    "logit_scale": jnp.float32(0.0),
+  }
   mesh = make_mesh(devices=jax.devices()[:1])
 
   def objective(params, batch, constants):
-    loss = (params["a"]["kernel"] * batch["x"].sum()).sum() + params["logit_scale"]
+    kernel = params["image_projection"]["kernel"]
+    loss = (kernel * batch["x"].sum()).sum() + params["logit_scale"]
     return loss, {"loss": loss}
 
   optimizer = optimizers.make_optimizer(
@@ -56,10 +60,16 @@ def test_the_first_step_that_is_not_finite_is_kept():
 
 def test_the_objective_is_told_the_steps_taken_so_far():
   mesh = make_mesh(devices=jax.devices()[:1])
-  config, params = default_config(), {"a": jnp.ones(2), "logit_scale": jnp.float32(0.0)}
+  config, params = (
+    default_config(),
+    {"fusion": {"a": jnp.ones(2)}, "logit_scale": jnp.float32(0.0)},
+  )
 
   def objective(params, batch, constants):
-    return params["a"].sum(), {"step": constants["step"], "given": constants["given"]}
+    return params["fusion"]["a"].sum(), {
+      "step": constants["step"],
+      "given": constants["given"],
+    }
 
   rules = (config.optimizer, config.temperature, params)
   optimizer = optimizers.make_optimizer(*rules, 10)
