@@ -150,8 +150,11 @@ class VisionTower(nnx.Module):
     self.post_norm = _norm(width, config.eps, jnp.float32, rngs)
     self.config, self.dtype, self.remat = config, dtype, remat
 
-  def __call__(self, pixels: Array) -> Array:
+  def __call__(self, pixels: Array, kept: Array | None = None) -> Array:
     """(B, S, S, 3), normalised -> (B, width) float32.
+
+    `kept`: (B, K) int32, which patches are looked at, each with its own position; None
+    is all. The class token always is.
 
     Raises:
       ValueError: another size than the config's.
@@ -165,12 +168,20 @@ class VisionTower(nnx.Module):
     batch = pixels.shape[0]
     x = pixels[:, : grid * patch, : grid * patch].astype(self.dtype)
     x = x.reshape(batch, grid, patch, grid, patch * 3).transpose(0, 1, 3, 2, 4)
-    x = self.patch_embedding(x.reshape(batch, grid * grid, 3 * patch**2))
+    x = x.reshape(batch, grid * grid, 3 * patch**2)
+    positions = self.position_embedding.embedding[...].astype(self.dtype)
+    if kept is not None:
+      # Before the first product: what is dropped costs nothing.
+      x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
+      at_class = jnp.broadcast_to(positions[:1], (batch, 1, config.width))
+      positions = jnp.concatenate(
+        [at_class, jnp.take(positions[1:], kept, axis=0)], axis=1
+      )
+    x = self.patch_embedding(x)
     first = self.class_embedding[...].astype(self.dtype)
     first = jnp.broadcast_to(first, (batch, 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
-    x = x + self.position_embedding.embedding[...].astype(self.dtype)
-    x = _run(self.blocks, self.pre_norm(x), self.remat)
+    x = _run(self.blocks, self.pre_norm(x + positions), self.remat)
     return self.post_norm(x[:, 0])
 
 
@@ -247,13 +258,16 @@ class CLIP(nnx.Module):
       self.fusion = FusionWeights(fusion)
     self.fusion_settings = fusion
 
-  def embed_image(self, pixels: Array) -> Array:
+  def embed_image(self, pixels: Array, *, kept_patches: Array | None = None) -> Array:
     """(B, S, S, 3) normalised pixels -> (B, D) float32, not normalised.
+
+    `kept_patches`: (B, K) int32, row by row from the top left, which patches the tower
+    sees; None is all. For training with fewer (arXiv 2212.00794).
 
     Raises:
       ValueError: another size than the config's.
     """
-    return self.image_projection(self.vision(pixels))
+    return self.image_projection(self.vision(pixels, kept_patches))
 
   def embed_text(self, tokens: Array) -> Array:
     """(B, L) int32 ids -> (B, D) float32, not normalised.
@@ -273,17 +287,19 @@ class CLIP(nnx.Module):
     *,
     has_image: Array | None = None,
     has_text: Array | None = None,
+    kept_patches: Array | None = None,
   ) -> tuple[Array, Array, Mix]:
     """(B, S, S, 3), (B, L) -> unit image (B, D), unit text (B, D), and their `Mix`.
 
     `has_image`, `has_text`: (B,) bool, None where all are there; see `score_fusion`.
+    `kept_patches`: see `embed_image`.
     """
     settings = self.fusion_settings
     weights = (settings.image_weight, settings.text_weight)
     if settings.learned:
       weights = (self.fusion.image_weight[...], self.fusion.text_weight[...])
     return score_fusion(
-      self.embed_image(pixels),
+      self.embed_image(pixels, kept_patches=kept_patches),
       self.embed_text(tokens),
       image_weight=weights[0],
       text_weight=weights[1],

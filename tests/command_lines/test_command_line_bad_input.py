@@ -117,6 +117,15 @@ def refused(config, workdir, monkeypatch):
     ({"log.every": 0}, "config.log.every is 0: it is at least 1"),
     ({"microbatches": 0}, "config.microbatches is 0: it is at least 1"),
     ({"microbatches": 3}, "3, which does not divide the 16 pairs of a device"),
+    ({"accumulate_steps": 3}, "3, which does not divide the 16 pairs of a device"),
+    (
+      {"accumulate_steps": 4, "microbatches": 3},
+      "the 4 pairs of a device (config.batch_size 128 over 8 devices in 4 parts): a batch "
+      "of 96 would do",
+    ),
+    ({"lora.rank": 200}, "config.lora.rank is 200, but the vision tower's"),
+    ({"lora.rank": 4, "lora.text": ("fc1",)}, "config.lora: there is no matrix 'fc1'"),
+    ({"model.patch_dropout": 1.0}, "config.model.patch_dropout is 1.0"),
     ({"optimizer.warmup_steps": -1}, "config.optimizer.warmup_steps is -1"),
     (
       {"tokenizer.vocab_size": 100},

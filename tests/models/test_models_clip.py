@@ -380,3 +380,27 @@ def test_unknown_dtype_and_remat_are_named():
     build(CLIPConfig(), dtype="half")
   with pytest.raises(UserError, match=r"model\.remat is 'some'.*dots"):
     build(CLIPConfig(), remat="some")
+
+
+def test_a_tower_that_sees_some_patches_equals_pytorch_on_them(small, batch):
+  config, model, params = small
+  pixels, _ = batch
+  patches = config.vision.grid**2
+  kept = np.stack([np.random.default_rng(k).permutation(patches) for k in range(8)])
+  embed = jax.jit(
+    lambda kept: model.bind(params).embed_image(pixels, kept_patches=kept)
+  )
+  # Positions go with their patches: all of them in any order are the whole image.
+  whole = model.bind(params).embed_image(pixels)
+  assert cases.unit_gap(embed(kept), whole) < TOLERANCE
+  kept = kept[:, :5]
+  theirs = cases.torch_model(cases.SMALL)
+  tower = theirs.vision_model
+  with torch.no_grad():
+    x = tower.embeddings(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+    rows = torch.from_numpy(np.concatenate([np.zeros((8, 1), int), 1 + kept], axis=1))
+    x = torch.gather(x, 1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+    x = tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
+    want = theirs.visual_projection(tower.post_layernorm(x[:, 0])).numpy()
+  assert cases.unit_gap(embed(kept), want) < TOLERANCE
+  assert cases.unit_gap(want, whole) > 100 * TOLERANCE
