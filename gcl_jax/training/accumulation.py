@@ -36,7 +36,7 @@ def put_parts(
   """
   if parts == 1:
     return put_batch(mesh, batch)
-  # Every process holds rows p, p + processes, ...: a cut here is a cut there.
+  # The pipeline has dealt every process an equal share of each part.
   cut = {n: rows.reshape(parts, -1, *rows.shape[1:]) for n, rows in batch.items()}
   return put_batch(mesh, cut, axis=1)
 

@@ -19,7 +19,7 @@ def begin_average(state: dict[str, Any], frozen: Any) -> dict[str, Any]:
 
   What is frozen is its own average, and is not stored twice.
   """
-  return {**state, "ema": jax.tree.map(jnp.copy, _trained(state["params"], frozen))}
+  return {**state, "ema": jax.tree.map(jnp.copy, trained(state["params"], frozen))}
 
 
 def next_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
@@ -38,12 +38,12 @@ def next_average(average: Any, params: Any, step: jax.Array, decay: float) -> An
   return optax.incremental_update(_at(params, average), average, 1.0 - reached)
 
 
-def _trained(tree: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+def trained(tree: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
   """The part of a nested dict that is not frozen; no empty dicts."""
   kept = {}
   for name, below in tree.items():
     if isinstance(below, Mapping):
-      if part := _trained(below, frozen[name]):
+      if part := trained(below, frozen[name]):
         kept[name] = part
     elif not frozen[name]:
       kept[name] = below

@@ -187,7 +187,9 @@ def train(
       ),
       batches=batches,
       place=lambda batch: put_parts(
-        mesh, _rows(batch, parts.features, config, mesh), config.accumulate_steps
+        mesh,
+        _rows(batch, parts.features, config, batches.rows_of_batch),
+        config.accumulate_steps,
       ),
       constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
@@ -253,6 +255,7 @@ def _pipeline(
     buckets=tuple(config.data.text_buckets),
     process_index=part,
     process_count=parts,
+    cuts=config.accumulate_steps,
     agree=Largest("longest text"),
     threads=config.data.threads,
     # Grain keeps no more threads at work than there are batches ahead.
@@ -264,15 +267,14 @@ def _rows(
   batch: Mapping[str, np.ndarray],
   features: np.ndarray | None,
   config: ConfigDict,
-  mesh: Mesh,
+  places: np.ndarray,
 ) -> dict:
+  """What the step takes of a batch; `places` are its rows' in the global one."""
   rows = {name: batch[name] for name in _STEP_KEYS}
   if features is not None:
     rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
   if config.model.patch_dropout:  # whose draws are by place, as the pipeline deals them
-    here = np.arange(len(batch["index"]), dtype=np.int32)
-    part, parts = batch_share(mesh)
-    rows["place"] = here * np.int32(parts) + np.int32(part)
+    rows["place"] = places.astype(np.int32)
   return rows
 
 

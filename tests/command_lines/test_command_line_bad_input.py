@@ -111,8 +111,8 @@ def refused(config, workdir, monkeypatch):
     ({"eval.best": "global.othr.R@10"}, "global.other.R@10"),
     ({"mesh.data": 3}, "config.mesh"),
     (
-      {"mesh.data": 2, "mesh.tensor": 4, "model.hf.text_config.hidden_size": 90},
-      "config.mesh.tensor is 4, which does not divide the 90 of text/blocks/",
+      {"mesh.data": 2, "mesh.tensor": 4, "model.hf.text_config.intermediate_size": 90},
+      "config.mesh.tensor is 4, which does not divide the 90 of text/blocks/mlp/fc1",
     ),
     ({"log.every": 0}, "config.log.every is 0: it is at least 1"),
     ({"microbatches": 0}, "config.microbatches is 0: it is at least 1"),

@@ -23,12 +23,12 @@ def get_config():
   config.model.hf.projection_dim = 32
   config.model.hf.vision_config.update(tower | {"image_size": 32})
   config.model.hf.text_config.update(tower)
-  config.tokenizer.vocab_size = 514
+  config.tokenizer.vocab_size = 618
   config.optimizer.warmup_steps = 3
   config.data.scenes_train_size = 100
   config.data.scenes_image_size = 32
   # So cut that the longest texts of two processes often fall in different buckets.
-  config.data.text_buckets = (17, 24)
+  config.data.text_buckets = (22, 24)
   config.data.threads = config.data.prefetch = 1
   config.eval.before = False
   config.eval.max_items = 24

@@ -33,7 +33,7 @@ def test_a_pod_that_is_preempted_goes_on_as_one_process(alone, tmp_path):
   widths = pod.widths()
   assert len(widths) == 2
   assert widths[0] == widths[1]
-  assert set(widths[0].values()) == {17, 24}
+  assert set(widths[0].values()) == {22, 24}
   output = pod.run(1, 2, *mesh(2, 1, 1))
   assert f"going on from step {stopped}\n" in output
   pods.assert_near(pod.losses(), alone.losses(), 1e-4)
