@@ -134,6 +134,11 @@ class Pipeline:
     self._errors.extend(errors)
     return batch
 
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest texts that it can hand out."""
+    return self._buckets[-1]
+
   def recent_errors(self) -> list[str]:
     """Short messages of the last unreadable records of this process, oldest first."""
     return list(self._errors)

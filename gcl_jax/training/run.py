@@ -38,6 +38,7 @@ from gcl_jax.training.accumulation import put_parts
 from gcl_jax.training.adapters import adapted, adapted_shapes
 from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_kernel, check_loss, check_numbers
+from gcl_jax.training.compiled import CompiledStep, Meter, report_step
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -172,19 +173,24 @@ def train(
 
     if _evaluation_is_owed(latest or 0, config, total_steps, results):
       evaluate_and_keep(state, latest or 0)
+    meter = Meter(parts.model, mesh, config.batch_size)
     run_loop(
       state,
       config=config,
       total_steps=total_steps,
-      step_function=make_step(
-        parts.objective,
-        parts.optimizer,
-        parts.frozen,
-        config.temperature,
-        places,
-        ema_decay=config.ema_decay,
-        accumulate_steps=config.accumulate_steps,
+      step_function=CompiledStep(
+        make_step(
+          parts.objective,
+          parts.optimizer,
+          parts.frozen,
+          config.temperature,
+          places,
+          ema_decay=config.ema_decay,
+          accumulate_steps=config.accumulate_steps,
+        ),
+        report_step(meter, mesh, batches.longest),
       ),
+      meter=meter,
       batches=batches,
       place=lambda batch: put_parts(
         mesh,
