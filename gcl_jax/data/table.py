@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import logging
 
 from gcl_jax.data.columns import Columns, split_of
+from gcl_jax.data.files import AnyPath, as_path, is_remote
 from gcl_jax.data.record import BadRecord, Record
 from gcl_jax.data.settings import DataSettings, nearest
 from gcl_jax.data.splits import choose_rows
@@ -123,10 +124,11 @@ class TableSource:
 class PictureFolder:
   """Where the pictures of a table are: on disk, else in the zip beside the table."""
 
-  def __init__(self, folder: Path, root: str):
+  def __init__(self, folder: AnyPath, root: str):
     self._folder, self._root = str(folder), root.strip("/") if root else ""
-    if root.startswith("/"):
+    if root.startswith("/") or is_remote(root):
       self._folder, self._root = root, ""
+    self._remote = is_remote(self._folder)
     archive = folder / ARCHIVE
     self._zip = ZipImages(archive) if archive.is_file() else None
 
@@ -136,17 +138,22 @@ class PictureFolder:
 
   def has(self, name: str) -> bool:
     """Whether there is such a picture."""
+    if self._remote:
+      return self._member(name) is not None or as_path(self.place(name)).is_file()
     return os.path.isfile(self.place(name)) or self._member(name) is not None
 
   def get(self, name: str) -> str | bytes:
     """The path of a picture, or its bytes. Raises BadRecord when it is missing."""
     path = self.place(name)
-    if os.path.isfile(path):
+    if not self._remote and os.path.isfile(path):
       return path
     member = self._member(name)
-    if member is None:
-      raise BadRecord(f"{path} is not there")
-    return self._zip.read(member)
+    if member is not None:
+      return self._zip.read(member)
+    if self._remote:  # to ask first whether it is there would cost a request more
+      with contextlib.suppress(FileNotFoundError):
+        return as_path(path).read_bytes()
+    raise BadRecord(f"{path} is not there")
 
   def _member(self, name: str) -> str | None:
     if self._zip is None:
@@ -171,7 +178,7 @@ class Pictures(Sequence):
     return self._folder.get(self.names[k])
 
 
-def find_table(settings: DataSettings) -> tuple[Path, Path]:
+def find_table(settings: DataSettings) -> tuple[AnyPath, AnyPath]:
   """The data folder and the table in it, as the config says.
 
   Without a name it is `captions.jsonl`, else the only table of the folder. A path to
@@ -185,7 +192,7 @@ def find_table(settings: DataSettings) -> tuple[Path, Path]:
       "config.data.path is empty; set it (or --data) to a folder with a table of "
       f"images and captions, such as {DEFAULT_TABLE}"
     )
-  folder = Path(settings.path).expanduser()
+  folder = as_path(settings.path)
   if folder.is_file() and not settings.table:
     return folder.parent, folder
   if not folder.is_dir():
