@@ -34,6 +34,10 @@ def open_source(data: DataSettings | Mapping[str, Any] | Any, *, split: str) -> 
     from gcl_jax.data.tfds_source import TFDSSource
 
     return TFDSSource(settings, split)
+  if settings.source == "webdataset":
+    from gcl_jax.data.webdataset import WebDatasetSource
+
+    return WebDatasetSource(settings, split)
   from gcl_jax.data.table import TableSource
 
   return TableSource(settings, split)

@@ -76,7 +76,7 @@ class TableSource:
     entry = self._rows[place]
     row = self._table.read(int(entry["offset"]), int(entry["length"]))
     images, texts = self._columns.parse(row)
-    name = self._columns.id_of(row, place)
+    name = self._columns.id_of(row, f"row-{place}")
     record: Record = {
       "id": name,
       "images": Pictures(self._pictures, images),

@@ -75,7 +75,7 @@ def _build(
       if len(messages) < _MESSAGES:
         messages.append(describe(line._replace(error=str(error)), path))
       continue
-    group = columns.group_of(line.row, images, columns.id_of(line.row, total))
+    group = columns.group_of(line.row, images, columns.id_of(line.row, f"row-{total}"))
     hashed = group_hash(group)
     if references and not references.isdisjoint(images):
       test_groups.add(hashed)
