@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gcl_jax.data.record import BadRecord, Record
@@ -50,11 +50,24 @@ class Columns:
 
   def images(self, row: Row) -> list[str]:
     """Names of the pictures as written. Raises BadRecord."""
-    names = _strings(row, self.image, "image")
-    for name in names:
-      if _leads_out(name):
-        raise BadRecord(f'image "{name[:80]}" leads out of the data folder')
-    return names
+    return [_inside(name) for name in _strings(row, self.image, "image")]
+
+  def pictures(self, row: Row) -> list[str | bytes]:
+    """Pictures that a row may hold itself, or name: bytes and names. Raises BadRecord.
+
+    A value is bytes, a name, {"bytes": ..., "path": ...}, or a list of such.
+    """
+    found: list[str | bytes] = []
+    for column in self.image:
+      value = row.get(column)
+      for entry in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(entry, Mapping):
+          entry = entry.get("bytes") or entry.get("path")
+        if isinstance(entry, bytes):
+          found.append(entry)
+        else:
+          found += [_inside(name) for name in strings(entry, column)]
+    return found
 
   def texts(self, row: Row) -> list[str]:
     """The captions, blank ones left out. Raises BadRecord."""
@@ -90,7 +103,7 @@ class Columns:
       split: of the row, where it stores none; "" for none.
     """
     name = self.id_of(row, place)
-    named = [image for image in images if isinstance(image, str)]
+    named = [image for image in getattr(images, "names", ()) if isinstance(image, str)]
     record: Record = {
       "id": name,
       "images": images,
@@ -114,6 +127,12 @@ def split_of(row: Row) -> str:
   """The row's stored split; "" where there is none."""
   stored = row.get(SPLIT_COLUMN)
   return "" if stored is None else str(stored).strip()
+
+
+def _inside(name: str) -> str:
+  if _leads_out(name):
+    raise BadRecord(f'image "{name[:80]}" leads out of the data folder')
+  return name
 
 
 def _leads_out(name: str) -> bool:

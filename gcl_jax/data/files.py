@@ -157,6 +157,10 @@ class RemotePath:
   def open(self, mode: str = "rb") -> IO[bytes]:
     return self._read(lambda: self._fs.open(self._url, mode, block_size=_BLOCK))
 
+  def open_exact(self) -> IO[bytes]:
+    """Opened for a reader that knows which ranges it needs: nothing is read ahead."""
+    return self._read(lambda: self._fs.open(self._url, "rb", cache_type="none"))
+
   def read_bytes(self) -> bytes:
     return self._read(lambda: self._fs.cat_file(self._url))
 

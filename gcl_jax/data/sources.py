@@ -38,6 +38,14 @@ def open_source(data: DataSettings | Mapping[str, Any] | Any, *, split: str) -> 
     from gcl_jax.data.webdataset import WebDatasetSource
 
     return WebDatasetSource(settings, split)
+  if settings.source == "parquet":
+    from gcl_jax.data.parquet import open_parquet
+
+    return open_parquet(settings, split)
+  if settings.source == "huggingface":
+    from gcl_jax.data.huggingface import open_huggingface
+
+    return open_huggingface(settings, split)
   from gcl_jax.data.table import TableSource
 
   return TableSource(settings, split)

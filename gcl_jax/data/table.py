@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Sequence
-
 import numpy as np
 from absl import logging
 
 from gcl_jax.data.columns import Columns, split_of
-from gcl_jax.data.files import AnyPath, as_path, is_remote
+from gcl_jax.data.files import AnyPath, as_path
+from gcl_jax.data.picture_folder import ARCHIVE, PictureFolder, Pictures
 from gcl_jax.data.record import BadRecord, Record
 from gcl_jax.data.settings import DataSettings, nearest
 from gcl_jax.data.splits import choose_rows
 from gcl_jax.data.table_formats import SUFFIXES, open_table
 from gcl_jax.data.table_index import load_index
-from gcl_jax.data.zip_images import ZipImages
 from gcl_jax.errors import UserError
 
 DEFAULT_TABLE = "captions.jsonl"
 COMPOSED = "composed.jsonl"
-ARCHIVE = "images.zip"
 _PROBES = 16
 
 
@@ -119,63 +114,6 @@ class TableSource:
         f"looked for at {self._pictures.place(missing)} and in {ARCHIVE}. Put them "
         "there, or name their folder below the data folder in config.data.image_root"
       )
-
-
-class PictureFolder:
-  """Where the pictures of a table are: on disk, else in the zip beside the table."""
-
-  def __init__(self, folder: AnyPath, root: str):
-    self._folder, self._root = str(folder), root.strip("/") if root else ""
-    if root.startswith("/") or is_remote(root):
-      self._folder, self._root = root, ""
-    self._remote = is_remote(self._folder)
-    archive = folder / ARCHIVE
-    self._zip = ZipImages(archive) if archive.is_file() else None
-
-  def place(self, name: str) -> str:
-    """The path of a picture on disk."""
-    return os.path.join(self._folder, self._root, name)
-
-  def has(self, name: str) -> bool:
-    """Whether there is such a picture."""
-    if self._remote:
-      return self._member(name) is not None or as_path(self.place(name)).is_file()
-    return os.path.isfile(self.place(name)) or self._member(name) is not None
-
-  def get(self, name: str) -> str | bytes:
-    """The path of a picture, or its bytes. Raises BadRecord when it is missing."""
-    path = self.place(name)
-    if not self._remote and os.path.isfile(path):
-      return path
-    member = self._member(name)
-    if member is not None:
-      return self._zip.read(member)
-    if self._remote:  # to ask first whether it is there would cost a request more
-      with contextlib.suppress(FileNotFoundError):
-        return as_path(path).read_bytes()
-    raise BadRecord(f"{path} is not there")
-
-  def _member(self, name: str) -> str | None:
-    if self._zip is None:
-      return None
-    name = name.removeprefix("./")
-    inside = (f"{self._root}/{name}" if self._root else name, name)
-    return next((member for member in inside if member in self._zip), None)
-
-
-class Pictures(Sequence):
-  """The pictures of one record, found when asked for."""
-
-  def __init__(self, folder: PictureFolder, names: list[str]):
-    self._folder, self.names = folder, names
-
-  def __len__(self) -> int:
-    return len(self.names)
-
-  def __getitem__(self, k):
-    if isinstance(k, slice):
-      return [self._folder.get(name) for name in self.names[k]]
-    return self._folder.get(self.names[k])
 
 
 def find_table(settings: DataSettings) -> tuple[AnyPath, AnyPath]:
