@@ -92,6 +92,7 @@ def test_a_folder_of_the_cache(tmp_path):
   write_arrow(tmp_path / "cache-0123456789.arrow", rows(0, 9))
   assert texts(opened(tmp_path, "train")) == [[f"text {i}"] for i in range(5)]
   assert texts(opened(tmp_path, "test")) == [["text 5"], ["text 6"]]
+  assert len(opened(tmp_path)) == 7
 
 
 def card(folder, head):

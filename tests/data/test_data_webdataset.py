@@ -73,6 +73,23 @@ def test_members_are_those_of_tarfile(tmp_path, format, size):
   assert [raw[m.data : m.data + m.length] for m in found][:-1] == [c for _, c in entries]
 
 
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_of_more_than_8_gib(format):
+  long, short = tarfile.TarInfo("long.bin"), tarfile.TarInfo("short.txt")
+  long.size = 9 << 30
+  head, tail = (
+    info.tobuf(format, "utf-8", "surrogateescape") for info in (long, short)
+  )
+  end = len(head) + long.size
+
+  def read(at, length):
+    return head[at : at + length] if at < end else tail[at - end : at - end + length]
+
+  first, second = members(read, end + len(tail))
+  assert (first.name, first.data, first.length) == ("long.bin", len(head), 9 << 30)
+  assert (second.name, second.start) == ("short.txt", end)
+
+
 def test_a_tar_that_is_cut_is_noticed(tmp_path):
   write_tar(tmp_path / "a.tar", [("a.jpg", b"1" * 600), ("a.txt", b"2")])
   raw = (tmp_path / "a.tar").read_bytes()
