@@ -35,7 +35,7 @@ def _guarded(main: Callable[[], None], resumable: bool) -> None:
   except UserError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    more = "; the same command goes on from the last checkpoint" if resumable else ""
+    more = "; the same command goes on where it was saved" if resumable else ""
     print(f"\nstopped{more}", file=sys.stderr)
     sys.exit(130)
 

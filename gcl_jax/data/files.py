@@ -131,11 +131,10 @@ class RemotePath:
 
   def iterdir(self) -> Iterator[RemotePath]:
     names = self._ask(lambda url: self._fs.ls(url, detail=False))
-    folder = self._url.rstrip("/").rsplit("/", 1)[-1]
     for name in names:
-      # Some stores list a placeholder of the folder itself.
-      if (last := name.rstrip("/").rsplit("/", 1)[-1]) and last != folder:
-        yield self / last
+      path = self._full(name)
+      if path != self:  # some stores list a placeholder of the folder itself
+        yield path
 
   def walk(self) -> list[RemotePath]:
     """All files below, sorted."""
@@ -182,9 +181,11 @@ class RemotePath:
     self._read(lambda: self._fs.put_file(str(source), self._url))
 
   def _found(self, names: list[str]) -> list[RemotePath]:
-    return sorted(
-      RemotePath(f"{self._scheme}://{_URL.sub('', name).lstrip('/')}") for name in names
-    )
+    return sorted(map(self._full, names))
+
+  def _full(self, name: str) -> RemotePath:
+    """From a name as the store gives it, with or without scheme and first slash."""
+    return RemotePath(f"{self._scheme}://{_URL.sub('', name).lstrip('/')}")
 
   def _ask(self, call) -> Any:
     try:

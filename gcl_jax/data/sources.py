@@ -46,6 +46,10 @@ def open_source(data: DataSettings | Mapping[str, Any] | Any, *, split: str) -> 
     from gcl_jax.data.huggingface import open_huggingface
 
     return open_huggingface(settings, split)
+  if settings.source == "packed":
+    from gcl_jax.data.packed import PackedSource
+
+    return PackedSource(settings, split)
   from gcl_jax.data.table import TableSource
 
   return TableSource(settings, split)

@@ -7,6 +7,7 @@ from absl import logging
 
 from gcl_jax.data.columns import Columns, split_of
 from gcl_jax.data.files import AnyPath, as_path
+from gcl_jax.data.guess import guess_source
 from gcl_jax.data.picture_folder import ARCHIVE, PictureFolder, Pictures
 from gcl_jax.data.record import BadRecord, Record
 from gcl_jax.data.settings import DataSettings, nearest
@@ -149,6 +150,12 @@ def find_table(settings: DataSettings) -> tuple[AnyPath, AnyPath]:
   tables = [name for name in present if name.lower().endswith(SUFFIXES)]
   if DEFAULT_TABLE in tables:
     return folder, folder / DEFAULT_TABLE
+  kind = guess_source(settings.path)
+  if kind != "table":
+    raise UserError(
+      f"{folder} holds no table; set config.data.source={kind}, which it looks like (or "
+      "name a table in config.data.table)"
+    )
   if len(tables) != 1:
     found = f"several tables: {_listed(tables)}" if tables else "no table"
     raise UserError(
