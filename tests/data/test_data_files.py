@@ -53,6 +53,17 @@ def test_a_remote_path_answers_as_a_path_does(tmp_path, bucket):
     (root / "x").read_bytes()
 
 
+def test_a_folder_does_not_list_itself(tmp_path, bucket, monkeypatch):
+  """Some stores keep an object for a folder; another folder inside may be its namesake."""
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data/a.txt").touch()
+  root = as_path(bucket(tmp_path))
+  store = type(root._fs)
+  listed = ["bucket/data/", "bucket/data/data"]
+  monkeypatch.setattr(store, "ls", lambda *_, **__: listed)
+  assert list(root.iterdir()) == [root / "data"]
+
+
 def table(folder, count=6):
   (folder / "images").mkdir()
   records = []

@@ -122,6 +122,15 @@ def test_splits_by_hash_are_the_same(made):
     assert [r["id"] for r in here] == [r["id"] for r in there]
 
 
+def test_one_split_alone_keeps_its_name(made, tmp_path):
+  manifest = packed(made[0], tmp_path / "out", split="eval", fields={"eval_fraction": 0.4})
+  held = open_source(settings_of(made[0], eval_fraction=0.4), split="eval")
+  assert manifest["splits"] == {"eval": len(held)}
+  there = opened(tmp_path / "out", "eval", eval_fraction=0.1)
+  assert [r["id"] for r in there] == [r["id"] for r in held]
+  assert {r["split"] for r in there} == {"eval"}
+
+
 @pytest.mark.parametrize("size", [(16, 16), (9, 12), (16, 300)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_small_picture_keeps_its_file(size, kind):
@@ -273,6 +282,7 @@ def test_what_is_packed_is_left_alone(made, tmp_path):
   output = tmp_path / "out"
   shutil.copytree(whole, output)
   before = {p.name: p.stat().st_mtime_ns for p in output.glob("pairs*")}
+  (output / "pairs-00001-of-00003.index.npz0.part").touch()  # as a kill leaves it
   said = []
   packed(pairs, output, progress=said.append)
   assert {p.name: p.stat().st_mtime_ns for p in output.glob("pairs*")} == before
