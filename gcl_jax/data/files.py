@@ -130,6 +130,7 @@ class RemotePath:
     return self._ask(self._fs.exists)
 
   def iterdir(self) -> Iterator[RemotePath]:
+    self._fs.invalidate_cache(self._url)  # other processes may have written since
     names = self._ask(lambda url: self._fs.ls(url, detail=False))
     for name in names:
       path = self._full(name)
