@@ -461,6 +461,8 @@ def _serve(connection, setting: Setting, row, workers: int, batches: int) -> Non
   # message of C++ and a traceback: nobody should take them for a failure of this.
   with open(os.devnull, "w") as nowhere:
     os.dup2(nowhere.fileno(), 2)
+  for child in multiprocessing.active_children():
+    child.kill()
   stream.close()
 
 
