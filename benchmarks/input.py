@@ -70,7 +70,7 @@ def main() -> None:
   """Measures, prints the tables and writes the rows."""
   pairs, batches, repeats = _FLAGS.pairs, _FLAGS.batches, _FLAGS.repeats
   if _FLAGS.quick:
-    pairs, batches, repeats = 512, 8, 3
+    pairs, batches, repeats = 256, 6, 3
   source = made_up(pairs)
   if _FLAGS.data:
     from gcl_jax.training.config import default_config
