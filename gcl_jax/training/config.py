@@ -109,14 +109,17 @@ def default_config() -> ConfigDict:
   config.lora.text = ("query", "key", "value", "out", "mlp")  # (): none of this tower
 
   config.data = ConfigDict()
-  config.data.source = "table"  # table, tfds or scenes
-  config.data.path = ""  # the folder of a table
+  # table, webdataset, parquet, huggingface, packed (by gcl_jax.data.pack), tfds, scenes
+  config.data.source = "table"
+  # A folder, here or gs://; of tars or Parquet also a file or a pattern {000..012}, *.
+  config.data.path = ""
   config.data.table = ""  # its file; "": captions.jsonl or the only table there
   config.data.image_column = "image"
   config.data.caption_column = "captions"
   config.data.group_column = "group"
   config.data.id_column = "id"
   config.data.image_root = ""  # images live in this folder below the path
+  config.data.cache_dir = ""  # of indexes and copies; "": ~/.cache/gcl_jax
   config.data.tfds_name = ""
   config.data.tfds_data_dir = ""
   config.data.scenes_train_size = 10_000
@@ -168,6 +171,7 @@ MAY_CHANGE = (
   "epochs",
   "microbatches",
   "data.path",
+  "data.cache_dir",
   "data.threads",
   "data.prefetch",
   "data.max_bad_fraction",

@@ -105,7 +105,7 @@ def refused(config, workdir, monkeypatch):
     ({"model.remat": "some"}, "none"),
     ({"optimizer.name": "sgd"}, "adamw"),
     ({"optimizer.multipliers": (("txt.*", 0.0),)}, "no parameter's path matches"),
-    ({"data.source": "webdataset"}, "scenes"),
+    ({"data.source": "webdatasets"}, "scenes"),
     ({"data.eval_split": "tset"}, "tset"),
     ({"data.augment": "blur"}, "crop_flip"),
     ({"eval.best": "global.othr.R@10"}, "global.other.R@10"),
