@@ -78,7 +78,9 @@ def assert_undisturbed(pod, straight, steps):
 
 
 def chaos(tmp_path, kills, steps):
-  flags = [f"--config.steps={steps}", "--config.checkpoint.every=4"]
+  # One width of texts: one compilation of a process.
+  flags = ["--config.checkpoint.every=4", "--config.data.text_buckets=(24,)"]
+  flags.append(f"--config.steps={steps}")
   straight = pods.Pod(tmp_path / "straight", *flags)
   straight.run(2, 1)
   pod = pods.Pod(tmp_path / "chaos", *flags)
