@@ -76,7 +76,11 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   Raises:
     UserError: no TPU compiler here, an unknown slice, or a config that cannot run on it.
   """
-  mesh = make_mesh(**config.mesh, devices=_devices(topology))
+  mesh = make_mesh(**config.mesh, devices=slice_devices(topology))
+  kind = mesh.devices.flat[0].device_kind
+  chip = chip_of(kind)
+  if chip is None:
+    raise UserError(f"--compile_only={topology}: {kind} is not in the table of chips.")
   parts = batch_devices(mesh)
   pieces = parts * config.microbatches * config.accumulate_steps
   if config.batch_size % pieces:
@@ -92,10 +96,6 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"it does not fit {topology}: {_reason(error)}") from error
   memory = compiled.memory_analysis()
-  kind = mesh.devices.flat[0].device_kind
-  chip = chip_of(kind)
-  if chip is None:
-    raise UserError(f"--compile_only={topology}: {kind} is not in the table of chips.")
   length = arguments[1]["tokens"].shape[-1]
   return Report(
     chips=mesh.size,
@@ -196,7 +196,17 @@ def render(report: Report) -> str:
   )
 
 
-def _devices(topology: str) -> list[jax.Device]:
+def chips_of(topology: str) -> int:
+  """How many chips a slice has."""
+  return len(slice_devices(topology))
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice, to compile for.
+
+  Raises:
+    UserError: no TPU compiler here, or no such slice.
+  """
   if (
     importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ
   ):
