@@ -57,9 +57,10 @@ def test_memory_is_what_operations_read_and_write():
 
 ENTRY %main (a: (s32[], f32[64,64])) -> (s32[], f32[64,64]) {
   %a = (s32[], f32[64,64]{1,0}) parameter(0)
-  ROOT %w = (s32[], f32[64,64]{1,0}) while(%a), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %w = (s32[], f32[64,64]{1,0}) while(%a), condition=%test, body=%body, TRIPS
 }
 """
+  text = text.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"7"}}')
   assert moved(text).memory == 7 * 3 * 64 * 64 * 4  # two read, one written
 
 
