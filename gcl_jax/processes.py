@@ -6,9 +6,11 @@ collective would have to wait for the steps that are already on the device.
 
 from __future__ import annotations
 
+import collections
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 import jax
 
@@ -74,11 +76,19 @@ def barrier(name: str) -> None:
 
 
 class Largest:
-  """The largest of the processes' numbers, asked for by all of them in one order."""
+  """The largest of the processes' numbers, asked for by all of them in one order.
+
+  Every process makes as many of a name, in one order too.
+  """
+
+  _made: ClassVar[collections.Counter[str]] = collections.Counter()
 
   def __init__(self, name: str):
-    """A name serves one at a time."""
-    self._name, self._asked = f"gcl_jax/{name}", 0
+    """Args:
+    name: what the numbers are.
+    """
+    self._name, self._asked = f"gcl_jax/{name}/{self._made[name]}", 0
+    self._made[name] += 1
 
   def __call__(self, number: int) -> int:
     """Tells the others, and waits for theirs."""

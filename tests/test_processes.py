@@ -56,7 +56,7 @@ class Service:
   """A coordination service that two processes share."""
 
   def __init__(self):
-    self.kept = {"gcl_jax/width/0/1": "9", "gcl_jax/width/1/1": "2"}
+    self.kept = {"gcl_jax/width/0/0/1": "9", "gcl_jax/width/0/1/1": "2"}
     self.deleted = []
 
   def key_value_set(self, key, value):
@@ -78,5 +78,7 @@ def test_the_largest_of_two_round_by_round(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   largest = processes.Largest("width")
   assert [largest(number) for number in (4, 7)] == [9, 7]
-  assert service.deleted == ["gcl_jax/width/0/0"]  # what both have read
-  assert service.kept["gcl_jax/width/1/0"] == "7"
+  assert service.deleted == ["gcl_jax/width/0/0/0"]  # what both have read
+  assert service.kept["gcl_jax/width/0/1/0"] == "7"
+  service.kept["gcl_jax/width/1/0/1"] = "5"
+  assert processes.Largest("width")(4) == 5  # keys of its own
