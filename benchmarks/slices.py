@@ -3,16 +3,18 @@
     pip install libtpu
     python -m benchmarks.slices --output=slices.json
 
-For each model and slice the real step is compiled ahead of time at 512 pairs a chip, and
-at twice that as long as it fits. A row is the largest that does: one chip's memory,
-operations and collectives of one step. Nothing runs, so there is no time in it but the
-bound of the chip's data sheet. `--loss` compiles the loss alone, at 1,024 pairs a chip.
+For each model and slice the real step is compiled ahead of time at 256 pairs a chip, and
+again at the power of two that should just fit. A row is the largest that does: one chip's
+memory, operations and collectives of one step. Nothing runs, so there is no time in it
+but the bound of the chip's data sheet. `--loss` compiles the loss alone, at 1,024 pairs a
+chip. A compilation takes a minute or two.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def _define_flags() -> None:
     "names",
   )
   flags.DEFINE_list("topologies", ["v5e:4x4", "v5e:16x16", "v6e:4x4"], "TPU slices")
-  flags.DEFINE_integer("pairs", 512, "a chip, to begin with")
+  flags.DEFINE_integer("pairs", 256, "a chip, to begin with")
   flags.DEFINE_integer("fsdp", 1, "chips that share one copy of the parameters")
   flags.DEFINE_integer("most", _LARGEST, "pairs a chip, at most")
   flags.DEFINE_bool("loss", False, "the loss alone")
@@ -94,25 +96,36 @@ def main() -> None:
 def largest(
   model: str, topology: str, pairs: int, most: int, fsdp: int = 1
 ) -> Row | None:
-  """The row of the largest number of pairs a chip that fits, doubling from `pairs`."""
-  fitting = None
-  while pairs <= most:
-    config = paper_recipe()
-    config.init.pretrained = ""
-    config.model.name = model
-    config.model.dtype, config.model.remat = "bfloat16", "full"
-    config.mesh.fsdp = fsdp
-    config.batch_size = pairs * ahead.chips_of(topology)
-    try:
-      report = ahead.compile_only(config, topology)
-    except UserError as error:
-      if "does not fit" not in str(error):
-        raise
-      break
-    if not report.fits:
-      break
-    fitting, pairs = _row(model, topology, fsdp, report), 2 * pairs
-  return fitting
+  """The row of the largest power of two of pairs a chip that fits; None if none does."""
+  small = _compiled(model, topology, pairs, fsdp)
+  if small is None:
+    return None
+  # What a pair takes is nearly all of what is not the state's.
+  of_a_pair = small.temporaries / pairs
+  room = small.chip.memory * ahead.USABLE - small.arguments
+  likely = 2 ** int(math.log2(max(room / of_a_pair, pairs)))
+  for larger in (likely, likely // 2):
+    if pairs < larger <= most:
+      found = _compiled(model, topology, larger, fsdp)
+      if found is not None:
+        return _row(model, topology, fsdp, found)
+  return _row(model, topology, fsdp, small)
+
+
+def _compiled(model: str, topology: str, pairs: int, fsdp: int) -> ahead.Report | None:
+  config = paper_recipe()
+  config.init.pretrained = ""
+  config.model.name = model
+  config.model.dtype, config.model.remat = "bfloat16", "full"
+  config.mesh.fsdp = fsdp
+  config.batch_size = pairs * ahead.chips_of(topology)
+  try:
+    report = ahead.compile_only(config, topology)
+  except UserError as error:
+    if "does not fit" not in str(error):
+      raise
+    return None
+  return report if report.fits else None
 
 
 def _row(model: str, topology: str, fsdp: int, report: ahead.Report) -> Row:

@@ -29,8 +29,8 @@ from gcl_jax.training.program import Moved, moved
 from gcl_jax.training.start import model_from_config
 from gcl_jax.training.state import make_step, places_of_state
 
-# Of a chip's memory, what the runtime keeps for itself.
-_RESERVED = 0.04
+# Of a chip's memory; the rest the runtime keeps for itself.
+USABLE = 0.96
 
 
 class Report(NamedTuple):
@@ -55,7 +55,7 @@ class Report(NamedTuple):
   @property
   def fits(self) -> bool:
     """Whether a chip's memory holds it."""
-    return self.arguments + self.temporaries <= self.chip.memory * (1 - _RESERVED)
+    return self.arguments + self.temporaries <= self.chip.memory * USABLE
 
   @property
   def seconds(self) -> dict[str, float]:

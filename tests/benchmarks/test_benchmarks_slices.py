@@ -16,30 +16,34 @@ def test_a_ring_gathers_nothing():
   assert "all-gather" not in ring
 
 
-def test_pairs_double_while_they_fit(monkeypatch):
+def test_the_largest_that_fits_is_looked_for_where_it_should_be(monkeypatch):
   asked = []
 
   def compile_only(config, topology):
-    asked.append(config.batch_size)
-    if config.batch_size > 16 * 2048:
+    pairs = config.batch_size // 16
+    asked.append(pairs)
+    if pairs > 1024:
       raise UserError("it does not fit")
     chip = Chip(1e12, 16e9, 1e11, 1e10)
     moved = Moved(1, {"all-gather": 3_000_000, "all-reduce": 2_000_000}, {})
-    large = 16e9 if config.batch_size == 16 * 2048 else 1e9
     return ahead.Report(
-      16, "TPU v0", config.batch_size, int(large), 0, 10**12, 10**12, moved, chip
+      16, "TPU v0", config.batch_size, 10**9, pairs * 6 * 10**6, 1, 1, moved, chip
     )
 
-  monkeypatch.setattr(
-    slices,
-    "ahead",
-    types.SimpleNamespace(compile_only=compile_only, chips_of=lambda topology: 16),
+  fake = types.SimpleNamespace(
+    compile_only=compile_only, chips_of=lambda topology: 16, USABLE=0.96
   )
-  row = slices.largest("ViT-B/32", "v5e:4x4", 512, 8192)
-  assert asked == [16 * 512, 16 * 1024, 16 * 2048]
+  monkeypatch.setattr(slices, "ahead", fake)
+  row = slices.largest("ViT-B/32", "v5e:4x4", 256, 8192)
+  # 256 pairs take 1.5 GB, so 2,048 would take 12.3 beside the state's 1: they do not.
+  assert asked == [256, 2048, 1024]
   assert row.pairs == 1024
   assert (
     slices.table([row])
     .splitlines()[-1]
-    .startswith("| ViT-B/32 | v5e:4x4 | 1,024 | 1.0 of 16 | 1.0 | 3 | 2 | arithmetic |")
+    .startswith("| ViT-B/32 | v5e:4x4 | 1,024 | 7.1 of 16 | 0.0 | 3 | 2 | links | 0 |")
   )
+  monkeypatch.setattr(
+    fake, "compile_only", lambda *_: compile_only(*_)._replace(arguments=10**11)
+  )
+  assert slices.largest("ViT-B/32", "v5e:4x4", 256, 8192) is None
