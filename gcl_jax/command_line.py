@@ -41,7 +41,7 @@ def _guarded(main: Callable[[], None], resumable: bool) -> None:
     print(f"\n{stop}", file=sys.stderr)
     sys.exit(RESTART_ME)
   except KeyboardInterrupt:
-    more = "; the same command goes on from the last checkpoint" if resumable else ""
+    more = "; the same command goes on where it was saved" if resumable else ""
     print(f"\nstopped{more}", file=sys.stderr)
     sys.exit(130)
 

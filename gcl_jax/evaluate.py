@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
@@ -25,7 +23,9 @@ def _define_flags() -> None:
     "checkpoint", "", "a run's folder, a Hugging Face folder, a hub id"
   )
   flags.DEFINE_string("step", "latest", "of a run's folder: latest, best, or a number")
-  flags.DEFINE_string("data", "", "the folder of pairs; by default the run's own")
+  flags.DEFINE_string(
+    "data", "", "the pairs, of any source with files; by default the run's own"
+  )
   flags.DEFINE_multi_string(
     "data_option", [], "a field of config.data, as in caption_column=blip_caption"
   )
@@ -44,7 +44,7 @@ def main() -> None:
   check_output(output)
   data_config, embedder, notes = _load(_FLAGS.checkpoint, _FLAGS.step)
 
-  from gcl_jax.data import open_source
+  from gcl_jax.data import change_data, open_source
   from gcl_jax.evaluation import build_items, evaluate_nine, render
 
   change_data(data_config, _FLAGS.data, _FLAGS.data_option)
@@ -116,37 +116,6 @@ def _load(checkpoint: str, step: str):
         "name the pairs to evaluate on: --data=<folder with captions.jsonl>"
       )
   return data, embedder, notes
-
-
-def change_data(data: ConfigDict, path: str, options: Sequence[str]) -> None:
-  """Points a run's config.data at other data, in place.
-
-  Args:
-    data: whatever the run was trained on.
-    path: a folder of pairs, "" to keep the run's own.
-    options: field=value each; after the path, so that they have the last word.
-
-  Raises:
-    UserError: no such field, or a value that it cannot hold.
-  """
-  if path:
-    data.path = path
-    data.source = "table"
-  for option in options:
-    _set(data, option)
-
-
-def _set(data: ConfigDict, option: str) -> None:
-  name, equals, value = option.partition("=")
-  if not equals or name not in data:
-    raise UserError(
-      f"--data_option={option}: write field=value with one of {', '.join(sorted(data))}."
-    )
-  old = data[name]
-  try:
-    data[name] = type(old)(value) if isinstance(old, (int, float)) else value
-  except (TypeError, ValueError) as error:
-    raise UserError(f"--data_option={option}: {error}.") from None
 
 
 def _progress(done: int, total: int) -> None:

@@ -40,6 +40,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r".*/(out|fc2)/bias", P()),
   (r".*/position_embedding/embedding", P()),
   (r"vision/class_embedding|logit_scale|fusion/\w+", P()),
+  (r"lora/.*/[ab]", P()),
 )
 
 T = TypeVar("T")
@@ -217,19 +218,26 @@ def put(tree: Any, places: Any) -> Any:
   return jax.tree.map(one, tree, places)
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's part of a batch (`batch_share`) -> global arrays over the batch axes."""
-  sharding = batch_sharding(mesh)
+def put_batch(
+  mesh: Mesh, batch: Mapping[str, np.ndarray], axis: int = 0
+) -> dict[str, jax.Array]:
+  """This process's part of a batch (`batch_share`) -> global arrays over the batch axes.
+
+  `axis` is that of the rows; what lies before it is not split.
+  """
+  before = (slice(None),) * axis
+  sharding = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
   part, parts = batch_share(mesh)
 
   def one(rows: np.ndarray) -> jax.Array:
-    first = part * len(rows)
+    here = rows.shape[axis]
+    first = part * here
 
     def held(at: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = at[0].indices(parts * len(rows))
-      return rows[start - first : stop - first]
+      start, stop, _ = at[axis].indices(parts * here)
+      return rows[(*before, slice(start - first, stop - first))]
 
-    shape = (parts * len(rows), *rows.shape[1:])
+    shape = (*rows.shape[:axis], parts * here, *rows.shape[axis + 1 :])
     return jax.make_array_from_callback(shape, sharding, held)
 
   return {name: one(np.asarray(rows)) for name, rows in batch.items()}

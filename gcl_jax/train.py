@@ -31,6 +31,9 @@ def _define_flags() -> None:
   flags.DEFINE_string("coordinator", "", "host:port of process 0, without a cluster")
   flags.DEFINE_integer("processes", 0, "how many there are, without a cluster")
   flags.DEFINE_integer("process_id", -1, "which of them this is, from 0")
+  flags.DEFINE_string(
+    "compile_only", "", "compile the step for this TPU slice (v5e:16x16), run nothing"
+  )
 
 
 def main() -> None:
@@ -38,6 +41,10 @@ def main() -> None:
   config = _FLAGS.config
   if config is None:
     raise UserError("name a recipe, such as --config=configs/demo.py")
+  if _FLAGS.compile_only:
+    _compile_only(config)
+    return
+
   from gcl_jax.processes import is_first, join
 
   explicit = (_FLAGS.coordinator, _FLAGS.processes, _FLAGS.process_id)
@@ -58,6 +65,22 @@ def main() -> None:
       "go on: a larger config.steps."
     )
   print(_next_commands(workdir))
+
+
+def _compile_only(config: ConfigDict) -> None:
+  from gcl_jax.training.ahead import compile_only, render
+  from gcl_jax.training.check import check_loss, check_numbers
+
+  check_loss(config)
+  check_numbers(config)
+  report = compile_only(config, _FLAGS.compile_only)
+  print(render(report))
+  if not report.fits:
+    raise UserError(
+      f"a chip of {_FLAGS.compile_only} does not hold this step: a smaller "
+      "config.batch_size, more config.microbatches, config.model.remat, or "
+      "config.mesh.fsdp would help."
+    )
 
 
 def train_and_evaluate(

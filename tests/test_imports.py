@@ -29,6 +29,8 @@ FLOORS = {
   "evaluate": 7,
   "export": 7,
 }
+# A command line that stays beside what it runs: flags and one call, imported by nobody.
+COMMANDS = {"data/pack.py": 7}
 
 
 def room_of(path: Path) -> str:
@@ -57,9 +59,10 @@ def files() -> list[Path]:
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_room_imports_only_from_the_floors_below(path):
   room = room_of(path)
+  floor = COMMANDS.get(path.relative_to(PACKAGE).as_posix(), FLOORS[room])
   for other in imported_rooms(path) - {room}:
     # A fused embedding is a setting that both models and folders carry.
-    assert FLOORS[other] < FLOORS[room], f"{path.name} imports {other}"
+    assert FLOORS[other] < floor, f"{path.name} imports {other}"
 
 
 def test_nothing_needs_pytorch_or_tensorflow():

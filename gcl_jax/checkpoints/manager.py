@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from gcl_jax.checkpoints.folder import read_description
+from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.errors import UserError
 from gcl_jax.models import Model, build
 from gcl_jax.processing import Processor
@@ -143,8 +145,8 @@ def read_run(
     step: which checkpoint; None is the newest.
 
   Returns:
-    The model, its parameters (nested dict of float32 NumPy arrays), the processor and
-    the run's config.
+    The model, its parameters (nested dict of float32 NumPy arrays; their averages where
+    the run keeps some, and LoRA's factors merged), the processor and the run's config.
 
   Raises:
     UserError: no run, no checkpoint yet, or no such step.
@@ -164,11 +166,29 @@ def read_run(
     remat=run.config.model.remat,
   )
   folder = Path(workdir).absolute() / "checkpoints" / str(step or steps[-1]) / "state"
-  wanted = {"params": model.abstract()}
+  extra = _extra_shapes(folder)
+  wanted = {**extra, "params": {**model.abstract(), **extra["params"]}}
   as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   with ocp.PyTreeCheckpointer() as reader:
     restored = reader.restore(
       folder,
       args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
     )
-  return model, restored["params"], run.processor, run.config
+  alpha = run.config.get("lora", {}).get("alpha", 1.0)  # older runs have no LoRA
+  params = jax.tree.map(np.asarray, weights_in_use(restored, alpha))
+  return model, params, run.processor, run.config
+
+
+def _extra_shapes(folder: Path) -> dict[str, Any]:
+  """Shapes of what a state may hold beside the model's parameters, as its files say.
+
+  That is `ema`, the averages of what was trained, and `params/lora`.
+  """
+  handler = ocp.PyTreeCheckpointHandler()
+  tree = handler.metadata(epath.Path(folder)).tree
+  handler.close()
+  extra = {name: tree[name] for name in ("ema",) if name in tree}
+  extra["params"] = {
+    name: tree["params"][name] for name in ("lora",) if name in tree["params"]
+  }
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), extra)

@@ -52,8 +52,9 @@ class Pipeline:
     pixels uint8 (n, S, S, 3); tokens int32 (n, L); has_image, has_text bool (n,);
     pair_ids int32 (n, 2); index int64 (n,), the record's place in the source;
     caption_index int32 (n,), which of its texts, -1 for none.
-  Part p holds the rows p n to (p + 1) n of the global batch. A record that cannot be
-  read is a row with neither image nor text, and ids like no other row's.
+  Part p holds the rows p n to (p + 1) n of the global batch; where that is cut into
+  several, an equal share of each (`rows_of_batch`). A record that cannot be read is a
+  row with neither image nor text, and ids like no other row's.
 
   L is the smallest bucket that holds the batch's longest text. Processes must agree on
   it: with several, it is the largest bucket unless `agree` is given.
@@ -72,6 +73,7 @@ class Pipeline:
       texts longer than the largest are cut and keep their end token.
     process_index, process_count: which part of each batch is ours, of how many; two
       processes may read the same (`sharding.batch_share`).
+    cuts: pieces of consecutive rows that the global batch will be cut into.
     threads: that read and decode whole batches; 0 reads when asked.
     prefetch: batches read ahead.
     position: records consumed globally so far; any number.
@@ -95,6 +97,7 @@ class Pipeline:
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     process_index: int = 0,
     process_count: int = 1,
+    cuts: int = 1,
     threads: int = 4,
     prefetch: int = 4,
     position: int = 0,
@@ -103,7 +106,9 @@ class Pipeline:
     _check(source, batch_size, seed, process_index, process_count, position)
     self._source, self._processor = source, processor
     self._batch_size, self._seed = batch_size, int(seed)
-    self._process_index, self._process_count = process_index, process_count
+    self._process_count = process_count
+    share = np.arange(batch_size).reshape(cuts, process_count, -1)[:, process_index]
+    self.rows_of_batch = share.reshape(-1)  # (n,) our rows' places in the global batch
     size = getattr(processor.image, "shortest_edge", processor.image.image_size)
     self._augment = make_augment(augment, size=size, scale=tuple(crop_scale))
     self._buckets = _usable(buckets, processor.tokenizer.max_length)
@@ -128,6 +133,11 @@ class Pipeline:
     self.bad_count += len(errors)
     self._errors.extend(errors)
     return batch
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest texts that it can hand out."""
+    return self._buckets[-1]
 
   def recent_errors(self) -> list[str]:
     """Short messages of the last unreadable records of this process, oldest first."""
@@ -160,10 +170,10 @@ class Pipeline:
     )
     rows = self._batch_size // self._process_count
     # Counted from our position, not from a step, so that the batch size may change.
-    first = self.position + self._process_index * rows
+    first, offsets = self.position, self.rows_of_batch.tolist()
 
     def ours(k: int) -> _Place:
-      return places[first + k // rows * self._batch_size + k % rows]
+      return places[first + k // rows * self._batch_size + offsets[k % rows]]
 
     batches = (
       grain.MapDataset.range(sys.maxsize)

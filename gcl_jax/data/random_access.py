@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import threading
 
+from gcl_jax.data.files import AnyPath, RemotePath, as_path, is_remote
+
 
 class RandomFile:
-  """Opens when first read, once per process; closes with the object."""
+  """Opens when first read, once per process; closes with the object.
 
-  def __init__(self, path: str | os.PathLike):
-    self.path = os.fspath(path)
+  Of a remote file each read is one request for a range.
+  """
+
+  def __init__(self, path: str | os.PathLike | AnyPath):
+    self.path = str(path)
     self._lock = threading.Lock()
     self._file = None
+    self._remote: RemotePath | None = as_path(self.path) if is_remote(path) else None
 
   def read(self, offset: int, length: int) -> bytes:
     """The bytes there; fewer at the file's end. OSError when it cannot be read."""
+    if self._remote is not None:
+      return self._remote.read_range(offset, length)
     if self._file is None:
       with self._lock:
         if self._file is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gcl_jax.errors import UserError
 
-SOURCES = ("table", "tfds", "scenes")
+SOURCES = ("table", "webdataset", "parquet", "huggingface", "packed", "tfds", "scenes")
 
 
 def nearest(name: str, names) -> str:

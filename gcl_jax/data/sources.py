@@ -34,6 +34,22 @@ def open_source(data: DataSettings | Mapping[str, Any] | Any, *, split: str) -> 
     from gcl_jax.data.tfds_source import TFDSSource
 
     return TFDSSource(settings, split)
+  if settings.source == "webdataset":
+    from gcl_jax.data.webdataset import WebDatasetSource
+
+    return WebDatasetSource(settings, split)
+  if settings.source == "parquet":
+    from gcl_jax.data.parquet import open_parquet
+
+    return open_parquet(settings, split)
+  if settings.source == "huggingface":
+    from gcl_jax.data.huggingface import open_huggingface
+
+    return open_huggingface(settings, split)
+  if settings.source == "packed":
+    from gcl_jax.data.packed import PackedSource
+
+    return PackedSource(settings, split)
   from gcl_jax.data.table import TableSource
 
   return TableSource(settings, split)

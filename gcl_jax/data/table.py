@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 from absl import logging
 
 from gcl_jax.data.columns import Columns, split_of
+from gcl_jax.data.files import AnyPath, as_path
+from gcl_jax.data.guess import guess_source
+from gcl_jax.data.picture_folder import ARCHIVE, PictureFolder, Pictures
 from gcl_jax.data.record import BadRecord, Record
 from gcl_jax.data.settings import DataSettings, nearest
 from gcl_jax.data.splits import choose_rows
 from gcl_jax.data.table_formats import SUFFIXES, open_table
 from gcl_jax.data.table_index import load_index
-from gcl_jax.data.zip_images import ZipImages
 from gcl_jax.errors import UserError
 
 DEFAULT_TABLE = "captions.jsonl"
 COMPOSED = "composed.jsonl"
-ARCHIVE = "images.zip"
 _PROBES = 16
 
 
@@ -75,7 +72,7 @@ class TableSource:
     entry = self._rows[place]
     row = self._table.read(int(entry["offset"]), int(entry["length"]))
     images, texts = self._columns.parse(row)
-    name = self._columns.id_of(row, place)
+    name = self._columns.id_of(row, f"row-{place}")
     record: Record = {
       "id": name,
       "images": Pictures(self._pictures, images),
@@ -120,58 +117,7 @@ class TableSource:
       )
 
 
-class PictureFolder:
-  """Where the pictures of a table are: on disk, else in the zip beside the table."""
-
-  def __init__(self, folder: Path, root: str):
-    self._folder, self._root = str(folder), root.strip("/") if root else ""
-    if root.startswith("/"):
-      self._folder, self._root = root, ""
-    archive = folder / ARCHIVE
-    self._zip = ZipImages(archive) if archive.is_file() else None
-
-  def place(self, name: str) -> str:
-    """The path of a picture on disk."""
-    return os.path.join(self._folder, self._root, name)
-
-  def has(self, name: str) -> bool:
-    """Whether there is such a picture."""
-    return os.path.isfile(self.place(name)) or self._member(name) is not None
-
-  def get(self, name: str) -> str | bytes:
-    """The path of a picture, or its bytes. Raises BadRecord when it is missing."""
-    path = self.place(name)
-    if os.path.isfile(path):
-      return path
-    member = self._member(name)
-    if member is None:
-      raise BadRecord(f"{path} is not there")
-    return self._zip.read(member)
-
-  def _member(self, name: str) -> str | None:
-    if self._zip is None:
-      return None
-    name = name.removeprefix("./")
-    inside = (f"{self._root}/{name}" if self._root else name, name)
-    return next((member for member in inside if member in self._zip), None)
-
-
-class Pictures(Sequence):
-  """The pictures of one record, found when asked for."""
-
-  def __init__(self, folder: PictureFolder, names: list[str]):
-    self._folder, self.names = folder, names
-
-  def __len__(self) -> int:
-    return len(self.names)
-
-  def __getitem__(self, k):
-    if isinstance(k, slice):
-      return [self._folder.get(name) for name in self.names[k]]
-    return self._folder.get(self.names[k])
-
-
-def find_table(settings: DataSettings) -> tuple[Path, Path]:
+def find_table(settings: DataSettings) -> tuple[AnyPath, AnyPath]:
   """The data folder and the table in it, as the config says.
 
   Without a name it is `captions.jsonl`, else the only table of the folder. A path to
@@ -185,7 +131,7 @@ def find_table(settings: DataSettings) -> tuple[Path, Path]:
       "config.data.path is empty; set it (or --data) to a folder with a table of "
       f"images and captions, such as {DEFAULT_TABLE}"
     )
-  folder = Path(settings.path).expanduser()
+  folder = as_path(settings.path)
   if folder.is_file() and not settings.table:
     return folder.parent, folder
   if not folder.is_dir():
@@ -204,6 +150,12 @@ def find_table(settings: DataSettings) -> tuple[Path, Path]:
   tables = [name for name in present if name.lower().endswith(SUFFIXES)]
   if DEFAULT_TABLE in tables:
     return folder, folder / DEFAULT_TABLE
+  kind = guess_source(settings.path)
+  if kind != "table":
+    raise UserError(
+      f"{folder} holds no table; set config.data.source={kind}, which it looks like (or "
+      "name a table in config.data.table)"
+    )
   if len(tables) != 1:
     found = f"several tables: {_listed(tables)}" if tables else "no table"
     raise UserError(

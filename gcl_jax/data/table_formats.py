@@ -9,11 +9,10 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gcl_jax.data.files import AnyPath, open_file, stamp
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.data.record import BadRecord
 from gcl_jax.errors import UserError
@@ -43,7 +42,7 @@ class Table(Protocol):
   def read(self, offset: int, length: int) -> Row: ...
 
 
-def open_table(path: Path) -> Table:
+def open_table(path: AnyPath) -> Table:
   """The table in a file, by its suffix; `.json` holds an array or JSON lines.
 
   Raises:
@@ -53,10 +52,10 @@ def open_table(path: Path) -> Table:
   if suffix not in SUFFIXES:
     raise UserError(f"{path} is no table that can be read: use {', '.join(SUFFIXES)}")
   try:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
       start = file.read(4096)
   except OSError as error:
-    raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
   if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
     raise UserError(f"{path} is UTF-16; save it as UTF-8")
   start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -84,12 +83,12 @@ class JsonLinesTable:
 
   columns = None
 
-  def __init__(self, path: Path):
+  def __init__(self, path: AnyPath):
     self._path, self._file = path, RandomFile(path)
 
   def scan(self) -> Iterator[Line]:
     offset = 0
-    with open(self._path, "rb") as file:
+    with open_file(self._path) as file:
       for number, raw in enumerate(file, start=1):
         if raw.strip():
           try:
@@ -107,9 +106,8 @@ class JsonArrayTable:
 
   columns = None
 
-  def __init__(self, path: Path):
-    stat = path.stat()
-    self._rows = _array(path, stat.st_size, stat.st_mtime_ns)
+  def __init__(self, path: AnyPath):
+    self._rows = _array(path, *stamp(path)[1:])
 
   def scan(self) -> Iterator[Line]:
     for place, row in enumerate(self._rows):
@@ -124,7 +122,7 @@ class JsonArrayTable:
 
 
 @functools.lru_cache(maxsize=1)  # the splits of one table share its rows
-def _array(path: Path, size: int, changed: int) -> list[Any]:
+def _array(path: AnyPath, size: int, changed: int | str) -> list[Any]:
   del size, changed  # parts of the key
   try:
     rows = json.loads(path.read_bytes())
@@ -145,9 +143,9 @@ class DelimitedTable:
   as they are, and is bad only where that does not give the header's number of fields.
   """
 
-  def __init__(self, path: Path, delimiter: str):
+  def __init__(self, path: AnyPath, delimiter: str):
     self._path, self._file, self._delimiter = path, RandomFile(path), delimiter
-    with open(path, "rb") as file:
+    with open_file(path) as file:
       raw = file.readline().removeprefix(b"\xef\xbb\xbf")
       self._body = file.tell()
     try:
@@ -162,7 +160,7 @@ class DelimitedTable:
 
   def scan(self) -> Iterator[Line]:
     offset, number = self._body, 2
-    with open(self._path, "rb") as file:
+    with open_file(self._path) as file:
       file.seek(offset)
       while raw := file.readline():
         lines, fields = 1, None
@@ -228,6 +226,6 @@ class DelimitedTable:
       raise BadRecord(f"not a row ({error})") from error
 
 
-def describe(line: Line, path: str | os.PathLike) -> str:
+def describe(line: Line, path: AnyPath) -> str:
   """A short message for a line that is no row."""
-  return f"{os.path.basename(path)} line {line.number}: {line.error}"
+  return f"{path.name} line {line.number}: {line.error}"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 
 from gcl_jax.data.columns import Columns, split_of
+from gcl_jax.data.files import AnyPath, open_file, stamp
+from gcl_jax.data.index_cache import Index, cache_file, read_index, write_index
 from gcl_jax.data.record import BadRecord
 from gcl_jax.data.splits import group_hash
 from gcl_jax.data.table_formats import Line, Table, describe
@@ -27,19 +24,9 @@ _CHUNK = 1 << 16
 _MESSAGES = 5
 
 
-@dataclass(frozen=True)
-class TableIndex:
-  """`rows`: one entry per usable row; its split is a place in `splits`."""
-
-  rows: np.ndarray
-  splits: tuple[str, ...]
-  bad: int
-  messages: tuple[str, ...]  # of the first bad rows
-
-
 def load_index(
-  table: Table, path: Path, columns: Columns, *, composed: Path, cache_dir: str
-) -> TableIndex:
+  table: Table, path: AnyPath, columns: Columns, *, composed: AnyPath, cache_dir: str
+) -> Index:
   """The index of a table, from the cache when the file has not changed since.
 
   Args:
@@ -53,17 +40,26 @@ def load_index(
   Raises:
     UserError: a column lacks altogether, or no row can be used.
   """
-  cached = _cache_file(path, columns, composed, cache_dir)
-  index = _read(cached)
+  key = [
+    _VERSION,
+    stamp(path),
+    stamp(composed) if composed.is_file() else None,
+    columns.image,
+    columns.caption,
+    columns.group,
+    columns.id,
+  ]
+  cached = cache_file("tables", path.stem, key, cache_dir)
+  index = read_index(cached, _ROW)
   if index is None:
     index = _build(table, path, columns, _composed_test(composed))
-    _write(cached, index)
+    write_index(cached, index)
   return index
 
 
 def _build(
-  table: Table, path: Path, columns: Columns, references: frozenset[str]
-) -> TableIndex:
+  table: Table, path: AnyPath, columns: Columns, references: frozenset[str]
+) -> Index:
   if table.columns is not None:
     columns.check(table.columns, str(path))
   splits: dict[str, int] = {}
@@ -79,7 +75,7 @@ def _build(
       if len(messages) < _MESSAGES:
         messages.append(describe(line._replace(error=str(error)), path))
       continue
-    group = columns.group_of(line.row, images, columns.id_of(line.row, total))
+    group = columns.group_of(line.row, images, columns.id_of(line.row, f"row-{total}"))
     hashed = group_hash(group)
     if references and not references.isdisjoint(images):
       test_groups.add(hashed)
@@ -97,10 +93,10 @@ def _build(
   if test_groups and names == ("",):
     test = np.isin(rows["group"], np.array(sorted(test_groups), np.uint64))
     rows["split"], names = test, ("train", "test")
-  return TableIndex(rows, names, bad, tuple(messages))
+  return Index(rows, names, bad, tuple(messages))
 
 
-def _checked(lines: Iterator[Line], columns: Columns, path: Path) -> Iterator[Line]:
+def _checked(lines: Iterator[Line], columns: Columns, path: AnyPath) -> Iterator[Line]:
   """The lines, once it is clear that the first ones have our columns."""
   head = list(islice(lines, 200))
   present = {name for line in head if line.row is not None for name in line.row}
@@ -109,11 +105,11 @@ def _checked(lines: Iterator[Line], columns: Columns, path: Path) -> Iterator[Li
   return chain(head, lines)
 
 
-def _composed_test(composed: Path) -> frozenset[str]:
+def _composed_test(composed: AnyPath) -> frozenset[str]:
   if not composed.is_file():
     return frozenset()
   references = set()
-  with open(composed, "rb") as file:
+  with open_file(composed) as file:
     for raw in file:
       try:
         query = json.loads(raw)
@@ -122,65 +118,3 @@ def _composed_test(composed: Path) -> frozenset[str]:
       except (ValueError, KeyError, TypeError):
         continue  # it says nothing about a split
   return frozenset(references)
-
-
-def _stamp(path: Path) -> list:
-  stat = path.stat()
-  return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _cache_file(path: Path, columns: Columns, composed: Path, cache_dir: str) -> Path:
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  folder = Path(cache_dir) if cache_dir else Path(home) / "gcl_jax"
-  key = [
-    _VERSION,
-    _stamp(path),
-    _stamp(composed) if composed.is_file() else None,
-    columns.image,
-    columns.caption,
-    columns.group,
-    columns.id,
-  ]
-  digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-  return folder / "tables" / f"{path.stem}-{digest}.npy"
-
-
-def _read(file: Path) -> TableIndex | None:
-  """A cached index; None where there is none that can be read."""
-  try:
-    about = json.loads(file.with_suffix(".json").read_text())
-    rows = np.load(file, mmap_mode="r", allow_pickle=False)
-    if rows.dtype != _ROW or len(rows) != about["rows"]:
-      return None
-    return TableIndex(
-      rows, tuple(about["splits"]), about["bad"], tuple(about["messages"])
-    )
-  except (OSError, ValueError, KeyError, TypeError):
-    return None
-
-
-def _write(file: Path, index: TableIndex) -> None:
-  """Keeps an index for the next run; a disk that refuses only costs the next scan."""
-  about = {
-    "rows": len(index.rows),
-    "splits": index.splits,
-    "bad": index.bad,
-    "messages": index.messages,
-  }
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _replace(file.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
-    _replace(file, lambda f: np.save(f, index.rows, allow_pickle=False))
-  except OSError:
-    return
-
-
-def _replace(file: Path, write) -> None:
-  handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-  try:
-    with os.fdopen(handle, "wb") as temporary:
-      write(temporary)
-    os.replace(name, file)
-  except BaseException:
-    os.unlink(name)
-    raise

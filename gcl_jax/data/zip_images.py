@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 
+from gcl_jax.data.files import AnyPath, open_file
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.data.record import BadRecord
 from gcl_jax.errors import UserError
@@ -40,10 +41,10 @@ class ZipImages:
   Raises UserError when the file is not a zip.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: AnyPath):
     self._file = RandomFile(path)
     try:
-      with zipfile.ZipFile(path) as archive:
+      with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
       raise UserError(

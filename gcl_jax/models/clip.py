@@ -150,8 +150,11 @@ class VisionTower(nnx.Module):
     self.post_norm = _norm(width, config.eps, jnp.float32, rngs)
     self.config, self.dtype, self.remat = config, dtype, remat
 
-  def __call__(self, pixels: Array) -> Array:
+  def __call__(self, pixels: Array, kept: Array | None = None) -> Array:
     """(B, S, S, 3), normalised -> (B, width) float32.
+
+    `kept`: (B, K) int32, which patches are looked at, each with its own position; None
+    is all. The class token always is.
 
     Raises:
       ValueError: another size than the config's.
@@ -165,12 +168,20 @@ class VisionTower(nnx.Module):
     batch = pixels.shape[0]
     x = pixels[:, : grid * patch, : grid * patch].astype(self.dtype)
     x = x.reshape(batch, grid, patch, grid, patch * 3).transpose(0, 1, 3, 2, 4)
-    x = self.patch_embedding(x.reshape(batch, grid * grid, 3 * patch**2))
+    x = x.reshape(batch, grid * grid, 3 * patch**2)
+    positions = self.position_embedding.embedding[...].astype(self.dtype)
+    if kept is not None:
+      # Before the first product: what is dropped costs nothing.
+      x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
+      at_class = jnp.broadcast_to(positions[:1], (batch, 1, config.width))
+      positions = jnp.concatenate(
+        [at_class, jnp.take(positions[1:], kept, axis=0)], axis=1
+      )
+    x = self.patch_embedding(x)
     first = self.class_embedding[...].astype(self.dtype)
     first = jnp.broadcast_to(first, (batch, 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
-    x = x + self.position_embedding.embedding[...].astype(self.dtype)
-    x = _run(self.blocks, self.pre_norm(x), self.remat)
+    x = _run(self.blocks, self.pre_norm(x + positions), self.remat)
     return self.post_norm(x[:, 0])
 
 
@@ -234,8 +245,9 @@ class CLIP(nnx.Module):
     rngs: nnx.Rngs,
   ):
     width = config.projection_dim
-    self.vision = VisionTower(config.vision, dtype, remat, rngs)
-    self.text = TextTower(config.text, dtype, remat, rngs)
+    of_image, of_text = _of_towers(remat)
+    self.vision = VisionTower(config.vision, dtype, of_image, rngs)
+    self.text = TextTower(config.text, dtype, of_text, rngs)
     self.image_projection = _linear(
       config.vision.width, width, jnp.float32, rngs, bias=False
     )
@@ -247,13 +259,16 @@ class CLIP(nnx.Module):
       self.fusion = FusionWeights(fusion)
     self.fusion_settings = fusion
 
-  def embed_image(self, pixels: Array) -> Array:
+  def embed_image(self, pixels: Array, *, kept_patches: Array | None = None) -> Array:
     """(B, S, S, 3) normalised pixels -> (B, D) float32, not normalised.
+
+    `kept_patches`: (B, K) int32, row by row from the top left, which patches the tower
+    sees; None is all. For training with fewer (arXiv 2212.00794).
 
     Raises:
       ValueError: another size than the config's.
     """
-    return self.image_projection(self.vision(pixels))
+    return self.image_projection(self.vision(pixels, kept_patches))
 
   def embed_text(self, tokens: Array) -> Array:
     """(B, L) int32 ids -> (B, D) float32, not normalised.
@@ -273,17 +288,19 @@ class CLIP(nnx.Module):
     *,
     has_image: Array | None = None,
     has_text: Array | None = None,
+    kept_patches: Array | None = None,
   ) -> tuple[Array, Array, Mix]:
     """(B, S, S, 3), (B, L) -> unit image (B, D), unit text (B, D), and their `Mix`.
 
     `has_image`, `has_text`: (B,) bool, None where all are there; see `score_fusion`.
+    `kept_patches`: see `embed_image`.
     """
     settings = self.fusion_settings
     weights = (settings.image_weight, settings.text_weight)
     if settings.learned:
       weights = (self.fusion.image_weight[...], self.fusion.text_weight[...])
     return score_fusion(
-      self.embed_image(pixels),
+      self.embed_image(pixels, kept_patches=kept_patches),
       self.embed_text(tokens),
       image_weight=weights[0],
       text_weight=weights[1],
@@ -322,6 +339,12 @@ class Model:
 
 
 @functools.cache
+def _of_towers(remat: str) -> tuple[str, ...]:
+  """The policies of the image tower and of the text tower."""
+  names = tuple(remat.split(","))
+  return names * 2 if len(names) == 1 else names
+
+
 def _abstract(config, fusion, dtype: str, remat: str) -> tuple[Any, Any]:
   def make() -> CLIP:
     rngs = nnx.Rngs(params=jax.random.key(0))
@@ -347,14 +370,18 @@ def build(
       and embeddings are float32 in any case. JAX rounds the inputs of float32 products
       on TPUs and GPUs unless told otherwise (`jax.default_matmul_precision`).
     remat: what the backward pass may keep of a block: "none" (everything), "dots"
-      (products with weights) or "full" (the block's input alone).
+      (products with weights) or "full" (the block's input alone); or two of them with
+      a comma between, "full,none": the image tower's and the text tower's.
 
   Raises:
     UserError: an unknown dtype or remat.
   """
   if dtype not in DTYPES:
     raise UserError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}.")
-  if remat not in REMAT:
-    raise UserError(f"model.remat is {remat!r}: it is one of {', '.join(REMAT)}.")
+  if len(_of_towers(remat)) != 2 or not set(_of_towers(remat)) <= set(REMAT):
+    raise UserError(
+      f"model.remat is {remat!r}: it is one of {', '.join(REMAT)}, or two with a comma "
+      "between, for the image tower and for the text tower."
+    )
   fusion = FusionSettings() if fusion is None else fusion
   return Model(config, fusion, dtype, remat, *_abstract(config, fusion, dtype, remat))

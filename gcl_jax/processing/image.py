@@ -58,7 +58,7 @@ class ImageProcessor:
   def pixels(self, source: bytes | str | os.PathLike | Image.Image) -> np.ndarray:
     """Decoded, resized and cropped: uint8 (S, S, 3). Raises `ImageError`."""
     image = decode_image(source)
-    width, height = self._resized(image.size)
+    width, height = self.resized(image.size)
     if max(width, height) > _EXTREME * max(self.crop_size, min(width, height)):
       return self._strip(image, (width, height))
     if image.size != (width, height):
@@ -147,7 +147,8 @@ class ImageProcessor:
       "image_std": list(self.std),
     }
 
-  def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+  def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) before the crop, of a picture of this (width, height)."""
     edge = self.shortest_edge
     if not self.keep_aspect:
       return edge, edge

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,6 +13,8 @@ from ml_collections import ConfigDict
 from gcl_jax.errors import UserError
 from gcl_jax.losses.denominators import DENOMINATORS
 from gcl_jax.losses.pairs import FORMS, KERNEL_DEPTH, KERNELS
+from gcl_jax.training.optimizer import LOCKS
+from gcl_jax.training.update_rules import RULES
 
 SEPARATION_FEATURES = ("none", "initial_text_tower")
 
@@ -22,20 +26,18 @@ def check_loss(config: ConfigDict) -> None:
     UserError: naming the field, what it holds, and what it may hold.
   """
   loss = config.loss
-  choices = {
-    "loss.name": (loss.name, ("gcl", "contrastive")),
-    "loss.denominator": (loss.denominator, DENOMINATORS),
-    "temperature.mode": (config.temperature.mode, ("learned", "fixed")),
-    "fusion.of": (config.fusion.of, ("raw", "unit")),
-    "loss.form": (loss.form, FORMS),
-    "loss.kernel": (loss.kernel, KERNELS),
-    "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-  }
-  for field, (value, allowed) in choices.items():
-    if value not in allowed:
-      raise UserError(
-        f"config.{field} is {value!r}: it is one of {', '.join(allowed)}."
-      )
+  _check_choices(
+    config,
+    {
+      "loss.name": ("gcl", "contrastive"),
+      "loss.denominator": DENOMINATORS,
+      "temperature.mode": ("learned", "fixed"),
+      "fusion.of": ("raw", "unit"),
+      "loss.form": FORMS,
+      "loss.kernel": KERNELS,
+      "model.dtype": ("float32", "bfloat16"),
+    },
+  )
   if loss.kernel != "xla" and loss.form == "dense":
     raise UserError(
       f"config.loss.kernel is {loss.kernel!r}, but config.loss.form is 'dense', which "
@@ -97,7 +99,7 @@ def direction_weights(config: ConfigDict) -> np.ndarray | None:
 
 
 def describe_loss(config: ConfigDict) -> str:
-  """One line for tables and cards: which loss, which temperature, which features."""
+  """One line for tables and cards: loss, temperature, features, averaged weights."""
   loss = config.loss
   name = "CL" if loss.name == "contrastive" else f"GCL ({loss.denominator})"
   if loss.intra_modal_separation:
@@ -106,7 +108,9 @@ def describe_loss(config: ConfigDict) -> str:
     name += f" + {loss.intra_modal_separation} x image separation (features: {of})"
   if direction_weights(config) is not None and loss.name == "gcl":
     name += f", direction weights {np.asarray(loss.direction_weights).tolist()}"
-  return f"Loss: {name}; logit scale {config.temperature.mode}."
+  decay = config.get("ema_decay", 0.0)  # older runs have no such field
+  weights = f" Weights: their moving average (decay {decay})." if decay else ""
+  return f"Loss: {name}; logit scale {config.temperature.mode}.{weights}"
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -119,6 +123,7 @@ def check_numbers(config: ConfigDict) -> None:
     "init.vision_positions": 0,
     "tokenizer.vocab_size": 514,  # all bytes, start and end
     "microbatches": 1,
+    "accumulate_steps": 1,
     "log.every": 1,
     "steps": 0,
     "epochs": 0,
@@ -131,17 +136,79 @@ def check_numbers(config: ConfigDict) -> None:
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
+    "optimizer.adamw_learning_rate": 0,
+    "lora.rank": 0,
     "data.threads": 0,
     "data.prefetch": 0,
   }
   for field, lowest in at_least.items():
-    value = config
-    for name in field.split("."):
-      value = value[name]
+    value = _field(config, field)
     if not value >= lowest:
       raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
+  if not 0 <= config.ema_decay < 1:
+    raise UserError(
+      f"config.ema_decay is {config.ema_decay}: it is at least 0 (off) and below 1."
+    )
+  if not 0 <= config.model.patch_dropout < 1:
+    raise UserError(
+      f"config.model.patch_dropout is {config.model.patch_dropout}: it is at least 0 (off) "
+      "and below 1."
+    )
+  if config.lora.rank and not config.lora.alpha > 0:
+    raise UserError(f"config.lora.alpha is {config.lora.alpha}: it is above 0.")
+  why = {
+    "muon": "which turns whole matrices, but LoRA leaves none to train",
+    "lamb": "which steps in proportion to a matrix, but LoRA's begin at zero",
+  }
+  if config.lora.rank and config.optimizer.name in why:
+    raise UserError(
+      f"config.optimizer.name is {config.optimizer.name}, {why[config.optimizer.name]}: use "
+      f"adamw, or set config.lora.rank ({config.lora.rank}) to 0."
+    )
+  check_optimizer(config)
   if config.log.wandb and importlib.util.find_spec("wandb") is None:
     raise UserError(
       f"config.log.wandb is {config.log.wandb!r} but wandb is not installed: "
       "pip install wandb, or leave the field empty."
     )
+
+
+def check_optimizer(config: ConfigDict) -> None:
+  """Refuses what `config.optimizer` cannot mean.
+
+  Raises:
+    UserError: naming the field.
+  """
+  _check_choices(
+    config,
+    {
+      "optimizer.name": tuple(RULES),
+      "optimizer.moment_dtype": ("float32", "bfloat16"),
+      "optimizer.locked_tower": ("", *LOCKS),
+    },
+  )
+  for field in ("b1", "b2", "muon_momentum"):
+    value = config.optimizer[field]
+    if not 0 <= value < 1:
+      raise UserError(
+        f"config.optimizer.{field} is {value}: it is at least 0 and below 1."
+      )
+  if not 0 < config.optimizer.layer_decay <= 1:
+    raise UserError(
+      f"config.optimizer.layer_decay is {config.optimizer.layer_decay}: it is above 0 and "
+      "at most 1 (off)."
+    )
+
+
+def _check_choices(config: ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
+  for field, allowed in choices.items():
+    value = _field(config, field)
+    if value not in allowed:
+      names = ", ".join(name or '""' for name in allowed)
+      raise UserError(f"config.{field} is {value!r}: it is one of {names}.")
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+  for name in path.split("."):
+    config = config[name]
+  return config

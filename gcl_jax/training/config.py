@@ -20,6 +20,14 @@ def default_config() -> ConfigDict:
   # The towers see each device's pairs in so many parts; the loss and its gradient are
   # those of the whole batch (GradCache). Less memory for one more forward pass.
   config.microbatches = 1
+  # A step's pairs are cut into so many parts whose gradients are averaged: a pair's
+  # negatives are those of its part alone. Another loss, unlike microbatches; a step is one
+  # update all the same.
+  config.accumulate_steps = 1
+
+  # Keep a moving average of the trained parameters, with this decay (0.999 is usual) or,
+  # early in the run, less. It is what is evaluated and exported. 0: none.
+  config.ema_decay = 0.0
 
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
@@ -27,14 +35,19 @@ def default_config() -> ConfigDict:
   # draws them at 0.02, far below the patches: a short run learns no places from that.
   config.init.vision_positions = 1.0
 
-  config.model = ConfigDict()  # used from scratch only, save dtype and remat
+  config.model = ConfigDict()  # name, hf and image_size: used from scratch only
   config.model.name = ""  # a named shape, such as TinyCLIP-ViT-40M-32-Text-19M
   config.model.hf = (
     ConfigDict()
   )  # fields of a Hugging Face CLIP config, over the name's
   config.model.image_size = 0  # pixels a side, over the name's; 0: the shape's own
   config.model.dtype = "float32"  # compute: float32 or bfloat16 (parameters: float32)
-  config.model.remat = "none"  # none, or what the backward pass may keep: see models
+  # What the backward pass computes again: none, dots or full; two with a comma between
+  # are the image tower's and the text tower's.
+  config.model.remat = "none"
+  # Of every picture's patches, at random, while training: less work a step, and a little
+  # less accuracy. Evaluation sees them all. 0: none.
+  config.model.patch_dropout = 0.0
 
   config.tokenizer = ConfigDict()  # used from scratch only
   config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files
@@ -64,29 +77,51 @@ def default_config() -> ConfigDict:
   config.temperature.max_logit_scale = 100.0  # cap when learned; 0: none
 
   config.optimizer = ConfigDict()
-  config.optimizer.name = "adamw"
+  config.optimizer.name = "adamw"  # lion, adafactor, lamb or muon: see update_rules
   config.optimizer.learning_rate = 1e-5  # peak
+  # Muon moves the blocks' matrices; all else is AdamW's, with this peak (0: the same).
+  config.optimizer.adamw_learning_rate = 0.0
   config.optimizer.warmup_steps = 0  # linear, from 0
   config.optimizer.schedule = "cosine"  # cosine or constant, after the warm-up
   config.optimizer.final_fraction = 0.0  # of the peak, at the end of the cosine
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.98
-  config.optimizer.eps = 1e-6
-  config.optimizer.weight_decay = 0.2  # kernels and embeddings only
+  config.optimizer.b1 = 0.9  # momentum; 0 for Adafactor: none, and hardly any state
+  config.optimizer.b2 = 0.98  # for Adafactor: the most its decay grows to
+  config.optimizer.eps = 1e-6  # AdamW and LAMB
+  config.optimizer.muon_momentum = 0.95
+  # float32, or bfloat16 for the first moment (momentum). The second stays float32: with
+  # b2 near 1 a step changes it by less than bfloat16 can hold.
+  config.optimizer.moment_dtype = "float32"
+  config.optimizer.weight_decay = 0.2  # kernels, embeddings and LoRA's factors only
   config.optimizer.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
   # First match wins: (pattern of the whole path, factor on the learning rate). A factor
   # of 0 freezes: (("text.*", 0.0),) trains all but the text tower and its projection.
   config.optimizer.multipliers = ()
+  # A further factor: this to the power of the blocks above, so that what is near the
+  # input learns slowest (0.65 to 0.9 is usual). 1: off.
+  config.optimizer.layer_decay = 1.0
+  # image or text: that tower and its projection keep their bits. image is LiT.
+  config.optimizer.locked_tower = ""
+
+  config.lora = ConfigDict()
+  # Train matrices of this rank beside those of the blocks, which are frozen with all
+  # else in the towers and the projections. 0: off, train all.
+  config.lora.rank = 0
+  config.lora.alpha = 16.0  # what is added is alpha / rank times their product
+  config.lora.image = ("query", "key", "value", "out", "mlp")  # of the image tower
+  config.lora.text = ("query", "key", "value", "out", "mlp")  # (): none of this tower
 
   config.data = ConfigDict()
-  config.data.source = "table"  # table, tfds or scenes
-  config.data.path = ""  # the folder of a table
+  # table, webdataset, parquet, huggingface, packed (by gcl_jax.data.pack), tfds, scenes
+  config.data.source = "table"
+  # A folder, here or gs://; of tars or Parquet also a file or a pattern {000..012}, *.
+  config.data.path = ""
   config.data.table = ""  # its file; "": captions.jsonl or the only table there
   config.data.image_column = "image"
   config.data.caption_column = "captions"
   config.data.group_column = "group"
   config.data.id_column = "id"
   config.data.image_root = ""  # images live in this folder below the path
+  config.data.cache_dir = ""  # of indexes and copies; "": ~/.cache/gcl_jax
   config.data.tfds_name = ""
   config.data.tfds_data_dir = ""
   config.data.scenes_train_size = 10_000
@@ -138,6 +173,7 @@ MAY_CHANGE = (
   "epochs",
   "microbatches",
   "data.path",
+  "data.cache_dir",
   "data.threads",
   "data.prefetch",
   "data.max_bad_fraction",

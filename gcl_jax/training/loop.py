@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import Preempted, UserError
 from gcl_jax.processes import Stop
-from gcl_jax.training.state import State, Step
+from gcl_jax.training.compiled import CompiledStep, Meter
+from gcl_jax.training.state import State
 from gcl_jax.training.writers import MetricWriter, ProgressLine
 
 
@@ -39,7 +40,8 @@ def run_loop(
   *,
   config: ConfigDict,
   total_steps: int,
-  step_function: Step,
+  step_function: CompiledStep,
+  meter: Meter,
   batches: Batches,
   place: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]],
   constants: Any,
@@ -60,7 +62,8 @@ def run_loop(
     state: fresh or restored; donated.
     config: the run's.
     total_steps: where the run ends.
-    step_function: of `make_step`.
+    step_function: of `make_step`, compiled when it is needed.
+    meter: counts the work of the steps.
     batches: the pipeline, at the state's position.
     place: a batch of this process -> global arrays.
     constants: third argument of the step.
@@ -90,12 +93,17 @@ def run_loop(
     asked = time.monotonic()
     batch = next(iterator)
     waited += time.monotonic() - asked
-    state, metrics = step_function(state, place(batch), constants)
+    compiling = step_function.compile_seconds
+    placed = place(batch)
+    state, metrics = step_function(state, placed, constants)
+    progress.leave_out(step_function.compile_seconds - compiling)
+    meter.add(placed)
     last = step == total_steps
     if last or step % config.log.every == 0:
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       guard.check(state)
       values |= progress.rates(step, waited)
+      values |= meter.utilization(progress.seconds)
       values["bad_records"] = float(guard.bad)
       writer.write(step, values)
       progress.show(step, values)

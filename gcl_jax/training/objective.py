@@ -17,10 +17,12 @@ from gcl_jax.losses import (
   intra_modal_separation_loss,
 )
 from gcl_jax.models import Model
+from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.training.check import direction_weights
 from gcl_jax.training.microbatches import in_microbatches
+from gcl_jax.training.patch_dropout import kept_patches
 
 # params, batch, constants -> loss (), metrics (a flat dict of float32 scalars)
 Objective = Callable[
@@ -41,16 +43,17 @@ def make_objective(
 
   Returns:
     (params, batch, constants) -> loss, metrics. `batch` is the pipeline's, with
-    `separation_features` (N, F) where a file was given; `constants` holds
-    `initial_params` where the initial text tower gives those features.
+    `separation_features` (N, F) where a file was given, and with patch dropout `place`
+    (N,) int32, each row's place in the global batch. `constants` holds `initial_params`
+    where the initial text tower gives those features, and `step` () int32.
   """
   loss_config, weights = config.loss, direction_weights(config)
   separation = loss_config.intra_modal_separation
   placement = {"mesh": mesh, "batch_axes": BATCH_AXES, "form": loss_config.form}
 
   def embed_rows(params, rows):
-    pixels, tokens, present = rows
-    return model.bind(params).embed_pair(images.normalize(pixels), tokens, **present)
+    pixels, tokens, options = rows
+    return model.bind(params).embed_pair(images.normalize(pixels), tokens, **options)
 
   def embed_text_rows(params, tokens):
     return model.bind(params).embed_text(tokens)
@@ -58,9 +61,18 @@ def make_objective(
   embed = in_microbatches(embed_rows, config.microbatches, mesh)
   embed_texts = in_microbatches(embed_text_rows, config.microbatches, mesh)
 
+  def dropped(batch, constants):
+    dropout, patches = config.model.patch_dropout, model.config.vision.grid**2
+    if not dropout:
+      return {}
+    rows = (constants["step"], batch["place"])
+    return {"kept_patches": kept_patches(config.seed, *rows, patches, dropout)}
+
   def objective(params, batch, constants):
+    params = merge_lora(params, config.lora.alpha)
     present = {name: batch[name] for name in ("has_image", "has_text")}
-    image, text, mix = embed(params, (batch["pixels"], batch["tokens"], present))
+    options = {**present, **dropped(batch, constants)}
+    image, text, mix = embed(params, (batch["pixels"], batch["tokens"], options))
     scale = jnp.exp(params["logit_scale"])
     shared = {
       "logit_scale": scale,

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, decay by path, and learning-rate factors by path."""
+"""The optimizer of a run: clipping, the update rule, learning-rate factors, freezing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
 from gcl_jax.sharding import first_match, map_with_path, path_of, unused_patterns
+from gcl_jax.training.depth import depth_factors
+from gcl_jax.training.update_rules import RULES, update_rule
 
-# Decay by path, not by rank: a stacked bias is (layers, width) and looks like a matrix.
-_DECAYED = r".*/(kernel|embedding)"
+LOCKS = {
+  "image": r"(lora/)?(vision|image_projection)/.*",
+  "text": r"(lora/)?(text|text_projection)/.*",
+}
+_BASE_OF_LORA = r"(vision|text|image_projection|text_projection)/.*"
 
 
-def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+  config: ConfigDict, steps: int, peak: float = 0.0
+) -> optax.Schedule:
   """Step -> learning rate: linear warm-up from 0, then a cosine or a constant.
 
   Args:
     config: `config.optimizer`.
     steps: length of the run.
+    peak: another one than the config's; 0: the config's.
 
   Raises:
     UserError: a warm-up that does not end within the run, or an unknown schedule.
@@ -33,7 +41,7 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
       f"config.optimizer.warmup_steps is {warmup}, but the run has only {steps} steps: "
       "shorten the warm-up or raise config.steps (or config.epochs)."
     )
-  peak = config.learning_rate
+  peak = peak or config.learning_rate
   if config.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, steps - warmup, config.final_fraction)
   elif config.schedule == "constant":
@@ -76,12 +84,18 @@ def multipliers(config: ConfigDict, params: Any) -> Any:
 
 
 def frozen_mask(config: ConfigDict, temperature: ConfigDict, params: Any) -> Any:
-  """A tree of Python bools: what the run must not change, to the bit."""
+  """A tree of Python bools: what the run must not change, to the bit.
+
+  That is a fixed logit scale, a locked tower, whatever has a factor of 0, and beside
+  LoRA's factors (`lora/...`) all of the towers and projections.
+  """
   factors = multipliers(config, params)
 
   def frozen(path: str, factor: float) -> bool:
     fixed_scale = path == "logit_scale" and temperature.mode == "fixed"
-    return fixed_scale or factor == 0.0
+    locked = config.locked_tower and re.fullmatch(LOCKS[config.locked_tower], path)
+    base = "lora" in params and re.fullmatch(_BASE_OF_LORA, path)
+    return bool(fixed_scale or locked or base or factor == 0.0)
 
   return map_with_path(frozen, factors)
 
@@ -89,7 +103,7 @@ def frozen_mask(config: ConfigDict, temperature: ConfigDict, params: Any) -> Any
 def make_optimizer(
   config: ConfigDict, temperature: ConfigDict, params: Any, steps: int
 ) -> optax.GradientTransformation:
-  """Global-norm clip, AdamW, factors by path; frozen parameters have no state.
+  """Global-norm clip, update rule, factors by path; frozen parameters have no state.
 
   Args:
     config: `config.optimizer`.
@@ -101,28 +115,28 @@ def make_optimizer(
     UserError: an unknown optimizer or schedule, a bad warm-up or multiplier, or a
       configuration that freezes everything.
   """
-  if config.name != "adamw":
-    raise UserError(f"config.optimizer.name is {config.name!r}: there is adamw.")
+  if config.name not in RULES:
+    raise UserError(
+      f"config.optimizer.name is {config.name!r}: it is one of {', '.join(RULES)}."
+    )
   frozen = frozen_mask(config, temperature, params)
   labels = map_with_path(lambda _, f: "frozen" if f else "trained", frozen)
   if "trained" not in jax.tree.leaves(labels):
-    raise UserError("config.optimizer.multipliers freezes every parameter.")
+    raise UserError(
+      "config.optimizer freezes every parameter, by its multipliers or its locked tower: leave "
+      "something to train."
+    )
   factors = {
     path_of(key_path): factor
     for key_path, factor in jax.tree_util.tree_leaves_with_path(
-      multipliers(config, params)
+      _all_factors(config, params)
     )
   }
   chain = [
-    optax.adamw(
+    update_rule(
+      config,
       learning_rate_schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=lambda tree: map_with_path(
-        lambda path, _: bool(re.fullmatch(_DECAYED, path)), tree
-      ),
+      learning_rate_schedule(config, steps, config.adamw_learning_rate),
     ),
     optax.stateless(
       lambda updates, _: map_with_path(lambda path, u: u * factors[path], updates)
@@ -133,6 +147,15 @@ def make_optimizer(
   return optax.partition(
     {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels
   )
+
+
+def _all_factors(config: ConfigDict, params: Any) -> Any:
+  """By path and by depth; the latter are arrays for stacked blocks."""
+  by_path = multipliers(config, params)
+  if config.layer_decay == 1.0:
+    return by_path
+  by_depth = depth_factors(config.layer_decay, params)
+  return jax.tree.map(lambda a, b: a * b, by_path, by_depth)
 
 
 def cap_logit_scale(params: Any, temperature: ConfigDict) -> Any:

@@ -17,10 +17,14 @@ def check_resumable(
 ) -> None:
   """Compares the config and the data of a run with those of its continuation.
 
+  A field that the stored config lacks, for it was written before there was one, counts
+  as its default: a new field's default is what runs did without it.
+
   Raises:
     UserError: names every field that differs and may not, or the size of the data.
   """
-  then = flat_fields(json.loads(stored.config.to_json_best_effort()))
+  defaults = flat_fields(json.loads(default_config().to_json_best_effort()))
+  then = defaults | flat_fields(json.loads(stored.config.to_json_best_effort()))
   now = flat_fields(json.loads(config.to_json_best_effort()))
   differing = [
     name

@@ -27,13 +27,18 @@ from gcl_jax.checkpoints import (
 )
 from gcl_jax.checkpoints.folder import check_free
 from gcl_jax.checkpoints.manager import saved_steps
+from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import Preempted, UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
 from gcl_jax.processes import Largest, Stop, barrier, is_first
 from gcl_jax.processing import Processor
-from gcl_jax.sharding import batch_devices, batch_share, make_mesh, put_batch
+from gcl_jax.sharding import batch_devices, batch_share, make_mesh
+from gcl_jax.training.accumulation import put_parts
+from gcl_jax.training.adapters import adapted, adapted_shapes
+from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_kernel, check_loss, check_numbers
+from gcl_jax.training.compiled import CompiledStep, Meter, report_step
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -138,6 +143,8 @@ def train(
       closing.callback(part.close)
     stop = closing.enter_context(Stop())
     state = init_state(parts.params, parts.optimizer, mesh)
+    if config.ema_decay:
+      state = begin_average(state, parts.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     if latest is not None:
       state, batches.position = checkpoints.restore(latest, state)
@@ -153,7 +160,8 @@ def train(
             "same command goes on from there"
           )
 
-      result = evaluate(parts.model, state["params"], parts.processor, mesh, go_on)
+      weights = weights_in_use(state, config.lora.alpha)
+      result = evaluate(parts.model, weights, parts.processor, mesh, go_on)
       checkpoints.wait()
       write_result(workdir, step, result)
       results[step] = result
@@ -165,15 +173,30 @@ def train(
 
     if _evaluation_is_owed(latest or 0, config, total_steps, results):
       evaluate_and_keep(state, latest or 0)
+    meter = Meter(parts.model, mesh, config.batch_size)
     run_loop(
       state,
       config=config,
       total_steps=total_steps,
-      step_function=make_step(
-        parts.objective, parts.optimizer, parts.frozen, config.temperature, places
+      step_function=CompiledStep(
+        make_step(
+          parts.objective,
+          parts.optimizer,
+          parts.frozen,
+          config.temperature,
+          places,
+          ema_decay=config.ema_decay,
+          accumulate_steps=config.accumulate_steps,
+        ),
+        report_step(meter, mesh, batches.longest),
       ),
+      meter=meter,
       batches=batches,
-      place=lambda batch: put_batch(mesh, _rows(batch, parts.features)),
+      place=lambda batch: put_parts(
+        mesh,
+        _rows(batch, parts.features, config, batches.rows_of_batch),
+        config.accumulate_steps,
+      ),
       constants=_constants(config, parts.params, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
@@ -211,7 +234,7 @@ def _assemble(
   features = _separation_features(config, len(source))
   model, processor, first_params = make_start(config, source, stored, trained)
   check_kernel(config, model.config.projection_dim)
-  shapes = model.abstract()
+  shapes = adapted_shapes(config, model.abstract())
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
   frozen = frozen_mask(config.optimizer, config.temperature, shapes)
   objective = make_objective(model, processor.image, config, mesh)
@@ -220,6 +243,7 @@ def _assemble(
   params = cap_logit_scale(first_params(), config.temperature)
   if _needs_initial(config) and not trained and is_first():
     write_pretrained(workdir / _INITIAL, model.config, params)
+  params = adapted(params, shapes, config.seed)
   return _Parts(model, params, processor, optimizer, frozen, objective, features)
 
 
@@ -237,6 +261,7 @@ def _pipeline(
     buckets=tuple(config.data.text_buckets),
     process_index=part,
     process_count=parts,
+    cuts=config.accumulate_steps,
     agree=Largest("longest text"),
     threads=config.data.threads,
     # Grain keeps no more threads at work than there are batches ahead.
@@ -244,10 +269,18 @@ def _pipeline(
   )
 
 
-def _rows(batch: Mapping[str, np.ndarray], features: np.ndarray | None) -> dict:
+def _rows(
+  batch: Mapping[str, np.ndarray],
+  features: np.ndarray | None,
+  config: ConfigDict,
+  places: np.ndarray,
+) -> dict:
+  """What the step takes of a batch; `places` are its rows' in the global one."""
   rows = {name: batch[name] for name in _STEP_KEYS}
   if features is not None:
     rows["separation_features"] = np.asarray(features[batch["index"]], np.float32)
+  if config.model.patch_dropout:  # whose draws are by place, as the pipeline deals them
+    rows["place"] = places.astype(np.int32)
   return rows
 
 
@@ -279,25 +312,28 @@ def _length(config: ConfigDict, source: Source) -> int:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, source: Source) -> None:
-  parts = batch_devices(mesh)
+  devices = parts = batch_devices(mesh)
   if config.batch_size < 1 or config.batch_size % parts:
     near = max(config.batch_size // parts, 1) * parts
     raise UserError(
       f"config.batch_size is {config.batch_size}, which {parts} devices cannot share "
       f"evenly: {near} or {near + parts} would do."
     )
-  here = config.batch_size // parts
-  if here % config.microbatches:
-    near = max(here // config.microbatches, 1) * config.microbatches * parts
-    raise UserError(
-      f"config.microbatches is {config.microbatches}, which does not divide the {here} "
-      f"pairs of a device (config.batch_size {config.batch_size} over {parts} devices): "
-      f"a batch of {near} would do."
-    )
+  for field in ("accumulate_steps", "microbatches"):
+    here, count = config.batch_size // parts, config[field]
+    if here % count:
+      near = max(here // count, 1) * count * parts
+      cut = "" if parts == devices else f" in {config.accumulate_steps} parts"
+      raise UserError(
+        f"config.{field} is {count}, which does not divide the {here} pairs of a device "
+        f"(config.batch_size {config.batch_size} over {devices} devices{cut}): a batch of "
+        f"{near} would do."
+      )
+    parts *= count
   if config.batch_size > len(source):
     raise UserError(
       f"config.batch_size is {config.batch_size}, but there are only {len(source)} "
-      f"records to train on: at most {len(source) // parts * parts} would do."
+      f"records to train on: at most {len(source) // devices * devices} would do."
     )
 
 

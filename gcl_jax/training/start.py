@@ -56,12 +56,7 @@ def make_start(
   Raises:
     UserError: nothing to start from, or what is there is not a CLIP.
   """
-  fusion = FusionSettings(
-    of=config.fusion.of,
-    image_weight=config.fusion.image_weight,
-    text_weight=config.fusion.text_weight,
-    learned=config.fusion.learned,
-  )
+  fusion = _fusion(config)
   if stored and trained:
     model = _build(config, stored.model, fusion)
     zeros = functools.partial(
@@ -82,6 +77,32 @@ def make_start(
     return _with_scale(config, params)
 
   return Start(model, processor, draw)
+
+
+def model_from_config(config: ConfigDict) -> Model:
+  """The model of a config, without data: a vocabulary to be learned is taken as full.
+
+  Raises:
+    UserError: as `make_start`.
+  """
+  if config.init.pretrained:
+    return _pretrained(config, _fusion(config)).model
+  fields = _fields(config)
+  if not config.model.name:
+    entries = config.tokenizer.vocab_size
+    words = {"vocab_size": entries, "eos_token_id": entries - 1}
+    words |= {"bos_token_id": entries - 2, "pad_token_id": entries - 1}
+    fields = _merged(fields, {"text_config": words})
+  return _build(config, CLIPConfig.from_hf(fields), _fusion(config))
+
+
+def _fusion(config: ConfigDict) -> FusionSettings:
+  return FusionSettings(
+    of=config.fusion.of,
+    image_weight=config.fusion.image_weight,
+    text_weight=config.fusion.text_weight,
+    learned=config.fusion.learned,
+  )
 
 
 def _build(config: ConfigDict, shape: CLIPConfig, fusion: FusionSettings) -> Model:
@@ -125,9 +146,8 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
   return Start(_build(config, shape, fusion), processor, start)
 
 
-def _from_scratch(
-  config: ConfigDict, fusion: FusionSettings, source: Source
-) -> tuple[Model, Processor]:
+def _fields(config: ConfigDict) -> dict:
+  """The Hugging Face config of a model from scratch, without its vocabulary."""
   if not config.model.name and not len(config.model.hf):
     raise UserError(
       "nothing to start from: set config.init.pretrained to a folder or hub id, or "
@@ -138,6 +158,13 @@ def _from_scratch(
   if config.model.image_size:
     size = {"vision_config": {"image_size": config.model.image_size}}
     fields = _merged(fields, size)
+  return fields
+
+
+def _from_scratch(
+  config: ConfigDict, fusion: FusionSettings, source: Source
+) -> tuple[Model, Processor]:
+  fields = _fields(config)
   if config.tokenizer.path:
     tokenizer = Tokenizer.from_folder(local_folder(config.tokenizer.path))
   else:

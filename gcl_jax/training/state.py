@@ -20,12 +20,15 @@ from gcl_jax.sharding import (
   shardings,
   state_shardings,
 )
+from gcl_jax.training.accumulation import over_parts
+from gcl_jax.training.average import next_average
 from gcl_jax.training.objective import Objective
 from gcl_jax.training.optimizer import cap_logit_scale
 
 # {"params", "optimizer": optax state, "step": int32 steps taken,
 #  "bad_records": int32 unreadable records so far, over all processes,
-#  "failed_step": int32, the first step whose loss or update was not finite, or -1}
+#  "failed_step": int32, the first step whose loss or update was not finite, or -1,
+#  and where the run keeps an average "ema": that of the trained parameters (average.py)}
 State = dict[str, Any]
 _COUNTERS = {"step": 0, "bad_records": 0, "failed_step": -1}
 Step = Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]
@@ -82,6 +85,9 @@ def make_step(
   frozen: Any,
   temperature: ConfigDict,
   places: State | None = None,
+  *,
+  ema_decay: float = 0.0,
+  accumulate_steps: int = 1,
 ) -> Step:
   """One optimizer step, jitted, with the state donated.
 
@@ -91,6 +97,8 @@ def make_step(
     frozen: a tree of bools like the parameters: no gradient is computed for these.
     temperature: `config.temperature`.
     places: of `places_of_state`: where the new state lies; None leaves it to JAX.
+    ema_decay: `config.ema_decay`, of a state that keeps an average.
+    accumulate_steps: into how many parts the batch was cut by `put_parts`.
 
   Returns:
     step(state, batch, constants) -> (state, metrics). Metrics are float32 scalars on
@@ -104,10 +112,14 @@ def make_step(
     )
     return objective(held, batch, constants)
 
+  gradient = over_parts(
+    jax.value_and_grad(loss_of, has_aux=True), accumulate_steps, frozen
+  )
+
   def step(state, batch, constants):
     params = state["params"]
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
-      params, batch, constants
+    (loss, metrics), grads = gradient(
+      params, batch, {**constants, "step": state["step"]}
     )
     updates, moments = optimizer.update(grads, state["optimizer"], params)
     new_params = cap_logit_scale(optax.apply_updates(params, updates), temperature)
@@ -122,6 +134,10 @@ def make_step(
       "bad_records": state["bad_records"] + unread.sum().astype(jnp.int32),
       "failed_step": jnp.where(first, state["step"] + 1, state["failed_step"]),
     }
+    if "ema" in state:
+      new_state["ema"] = next_average(
+        state["ema"], new_params, state["step"], ema_decay
+      )
     norms = {"gradient_norm": grad_norm, "update_norm": update_norm}
     return new_state, {**metrics, **norms}
 

@@ -95,24 +95,30 @@ def _start_wandb(config: ConfigDict, folder: Path):
 class ProgressLine:
   """Step, loss, pairs/s, share of time waiting for data, time left.
 
-  On a terminal one line that is written over; elsewhere a line each time.
+  On a terminal one line that is written over; elsewhere a line each time. `seconds` is
+  the length of the time that the last rates are of.
   """
 
   def __init__(self, total_steps: int, pairs_per_step: int, start_step: int):
     self._total, self._pairs = total_steps, pairs_per_step
     self._last_step, self._last_time = start_step, time.monotonic()
+    self.seconds = 0.0
     self._live, self._shown = sys.stderr.isatty(), jax.process_index() == 0
 
   def rates(self, step: int, waited: float) -> dict[str, float]:
     """Pairs/s and share of time spent waiting for data, since the last call."""
     now = time.monotonic()
-    seconds = max(now - self._last_time, 1e-9)
+    self.seconds = seconds = max(now - self._last_time, 1e-9)
     steps = step - self._last_step
     self._last_step, self._last_time = step, now
     return {
       "pairs_per_second": steps * self._pairs / seconds,
       "data_wait": min(waited / seconds, 1.0),
     }
+
+  def leave_out(self, seconds: float) -> None:
+    """Takes time off the clock that was not training."""
+    self._last_time += seconds
 
   def reset(self) -> None:
     """Restarts the clock, after time that was not training."""
@@ -126,7 +132,9 @@ class ProgressLine:
     text = (
       f"step {step}/{self._total}  loss {values['loss']:.4f}  "
       f"{values['pairs_per_second']:.0f} pairs/s  "
-      f"waiting for data {values['data_wait']:.0%}  {_clock(left)} left"
+      f"waiting for data {values['data_wait']:.0%}  "
+      + (f"MFU {values['mfu']:.0%}  " if "mfu" in values else "")
+      + f"{_clock(left)} left"
     )
     if self._live:
       end = "\n" if step == self._total else ""

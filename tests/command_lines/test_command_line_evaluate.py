@@ -2,8 +2,8 @@
 
 import pytest
 
+from gcl_jax.data import change_data
 from gcl_jax.errors import UserError
-from gcl_jax.evaluate import change_data
 from gcl_jax.training.config import default_config
 
 

@@ -18,7 +18,7 @@ def test_only_what_can_go_on_says_that_it_goes_on(resumable, monkeypatch, capsys
   assert stopped.value.code == 130
   said = capsys.readouterr().err
   assert said.startswith("\nstopped")
-  assert ("goes on from the last checkpoint" in said) == resumable
+  assert ("goes on where it was saved" in said) == resumable
 
 
 def test_by_default_nothing_goes_on(monkeypatch, capsys):

@@ -152,6 +152,17 @@ def test_processes_together_hold_the_global_batch(make, processes):
     assert_same(batch, joined)
 
 
+def test_of_a_batch_that_is_cut_every_process_has_a_share_of_each_piece(make):
+  whole = next(make(batch_size=12, buckets=(20,)))
+  options = {"batch_size": 12, "process_count": 2, "cuts": 3, "buckets": (20,)}
+  for p, rows in enumerate(([0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11])):
+    pipeline = make(process_index=p, **options)
+    assert pipeline.rows_of_batch.tolist() == rows
+    batch = next(pipeline)
+    np.testing.assert_array_equal(batch["index"], whole["index"][rows])
+    np.testing.assert_array_equal(batch["pixels"], whole["pixels"][rows])
+
+
 def test_another_number_of_processes_goes_on_from_the_same_position(make):
   one = make(buckets=(20,))
   take(one, 3)

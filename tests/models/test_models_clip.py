@@ -236,7 +236,7 @@ def test_remat_keeps_less_and_gives_the_same_gradients(small, batch, torch_gradi
   config, _, params = small
   images, _ = cases.torch_embeddings(cases.torch_model(cases.SMALL), *batch)
   saved = {}
-  for remat in ("none", "dots", "full"):
+  for remat in ("none", "dots", "full", "full,none", "none,full"):
     other = build(config, remat=remat)
 
     def score(text, other=other):
@@ -244,9 +244,11 @@ def test_remat_keeps_less_and_gives_the_same_gradients(small, batch, torch_gradi
 
     kept = jax.eval_shape(lambda text, f=score: jax.vjp(f, text)[1], params["text"])
     saved[remat] = sum(leaf.size for leaf in jax.tree.leaves(kept))
-    if remat != "none":
+    if remat in ("dots", "full"):
       _assert_near(jax.jit(jax.grad(score))(params["text"]), torch_gradient["text"])
   assert saved["full"] < 0.7 * saved["dots"] < 0.7 * 0.7 * saved["none"], saved
+  assert saved["full,none"] == saved["none"]  # the image tower's comes first
+  assert saved["none,full"] == saved["full"]
 
 
 def test_half_precision_stays_near_and_gives_float32(small, batch, torch_gradient):
@@ -380,3 +382,29 @@ def test_unknown_dtype_and_remat_are_named():
     build(CLIPConfig(), dtype="half")
   with pytest.raises(UserError, match=r"model\.remat is 'some'.*dots"):
     build(CLIPConfig(), remat="some")
+  with pytest.raises(UserError, match=r"model\.remat is 'full,dots,none'"):
+    build(CLIPConfig(), remat="full,dots,none")
+
+
+def test_a_tower_that_sees_some_patches_equals_pytorch_on_them(small, batch):
+  config, model, params = small
+  pixels, _ = batch
+  patches = config.vision.grid**2
+  kept = np.stack([np.random.default_rng(k).permutation(patches) for k in range(8)])
+  embed = jax.jit(
+    lambda kept: model.bind(params).embed_image(pixels, kept_patches=kept)
+  )
+  # Positions go with their patches: all of them in any order are the whole image.
+  whole = model.bind(params).embed_image(pixels)
+  assert cases.unit_gap(embed(kept), whole) < TOLERANCE
+  kept = kept[:, :5]
+  theirs = cases.torch_model(cases.SMALL)
+  tower = theirs.vision_model
+  with torch.no_grad():
+    x = tower.embeddings(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+    rows = torch.from_numpy(np.concatenate([np.zeros((8, 1), int), 1 + kept], axis=1))
+    x = torch.gather(x, 1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+    x = tower.encoder(inputs_embeds=tower.pre_layrnorm(x)).last_hidden_state
+    want = theirs.visual_projection(tower.post_layernorm(x[:, 0])).numpy()
+  assert cases.unit_gap(embed(kept), want) < TOLERANCE
+  assert cases.unit_gap(want, whole) > 100 * TOLERANCE

@@ -9,6 +9,7 @@ import pytest
 from gcl_jax.errors import UserError
 from gcl_jax.training import optimizer as optimizers
 from gcl_jax.training.config import default_config
+from gcl_jax.training.depth import depth_factors
 
 STEPS = 100
 
@@ -121,3 +122,88 @@ def test_bad_multipliers_are_named(rules, message):
   config.optimizer.multipliers = rules
   with pytest.raises(UserError, match=message):
     optimizers.make_optimizer(config.optimizer, config.temperature, params(), STEPS)
+
+
+def deep_params():
+  block = {"mlp": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
+  return {
+    "vision": {
+      "class_embedding": jnp.ones(2),
+      "patch_embedding": {"kernel": jnp.ones((2, 2))},
+      "pre_norm": {"scale": jnp.ones(2)},
+      "blocks": block,
+      "post_norm": {"scale": jnp.ones(2)},
+    },
+    "text": {"blocks": {"norm1": {"scale": jnp.ones((2, 2))}}},
+    "image_projection": {"kernel": jnp.ones((2, 2))},
+    "lora": {"text": {"blocks": {"mlp": {"a": jnp.ones((2, 2, 1))}}}},
+    "logit_scale": jnp.float32(3.0),
+  }
+
+
+def test_layer_decay_slows_what_is_near_the_input():
+  factors = depth_factors(0.5, deep_params())
+  vision = factors["vision"]
+  assert vision["blocks"]["mlp"]["kernel"].shape == (3, 1, 1)
+  np.testing.assert_array_equal(
+    vision["blocks"]["mlp"]["kernel"][:, 0, 0], [0.125, 0.25, 0.5]
+  )
+  np.testing.assert_array_equal(
+    vision["blocks"]["mlp"]["bias"][:, 0], [0.125, 0.25, 0.5]
+  )
+  assert vision["class_embedding"] == vision["patch_embedding"]["kernel"] == 0.5**4
+  assert vision["pre_norm"]["scale"] == 0.5**4
+  assert vision["post_norm"]["scale"] == factors["image_projection"]["kernel"] == 1.0
+  assert factors["logit_scale"] == 1.0
+  # A tower of its own depth, and LoRA's factors as the block they are of.
+  np.testing.assert_array_equal(
+    factors["text"]["blocks"]["norm1"]["scale"][:, 0], [0.25, 0.5]
+  )
+  lora = factors["lora"]["text"]["blocks"]["mlp"]["a"]
+  np.testing.assert_array_equal(lora[:, 0, 0], [0.25, 0.5])
+
+
+def test_layer_decay_and_multipliers_are_multiplied():
+  config, tree = plain(), deep_params()
+  del tree["lora"]
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.layer_decay = 0.5
+  config.optimizer.multipliers = (("text/.*", 0.0), (".*/bias", 0.1))
+  new = update(config, tree, jax.tree.map(jnp.ones_like, tree))
+  # Adam's first step is the learning rate, 0.1, times the factor.
+  mlp = new["vision"]["blocks"]["mlp"]
+  for layer, factor in enumerate((0.125, 0.25, 0.5)):
+    np.testing.assert_allclose(1 - mlp["kernel"][layer], 0.1 * factor, rtol=1e-4)
+    np.testing.assert_allclose(1 - mlp["bias"][layer], 0.01 * factor, rtol=1e-4)
+  np.testing.assert_array_equal(new["text"]["blocks"]["norm1"]["scale"], 1.0)
+  np.testing.assert_allclose(new["vision"]["post_norm"]["scale"], 0.9, rtol=1e-5)
+
+
+def frozen_paths(**fields):
+  config, tree = default_config(), deep_params()
+  config.update_from_flattened_dict(fields)
+  del tree["lora"]
+  mask = optimizers.frozen_mask(config.optimizer, config.temperature, tree)
+  leaves = jax.tree_util.tree_leaves_with_path(mask)
+  return {jax.tree_util.keystr(p, simple=True, separator="/") for p, f in leaves if f}
+
+
+def test_a_locked_tower_is_frozen_with_its_projection():
+  paths = frozen_paths(**{"optimizer.locked_tower": "image"})
+  assert {path.split("/")[0] for path in paths} == {"vision", "image_projection"}
+  assert len(paths) == 7
+  assert frozen_paths(**{"optimizer.locked_tower": "text"}) == {
+    "text/blocks/norm1/scale"
+  }
+  config, tree = plain(), deep_params()
+  del tree["lora"], tree["logit_scale"], tree["text"]
+  config.optimizer.locked_tower = "image"
+  with pytest.raises(UserError, match="freezes every parameter"):
+    optimizers.make_optimizer(config.optimizer, config.temperature, tree, STEPS)
+
+
+def test_beside_lora_only_what_belongs_to_no_tower_is_trained():
+  config, tree = default_config(), deep_params()
+  mask = optimizers.frozen_mask(config.optimizer, config.temperature, tree)
+  assert all(jax.tree.leaves([mask["vision"], mask["text"], mask["image_projection"]]))
+  assert not any(jax.tree.leaves([mask["lora"], mask["logit_scale"]]))

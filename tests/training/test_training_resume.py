@@ -43,3 +43,16 @@ def test_what_a_recipe_changed_is_said():
     "loss.denominator": "literal",
     "model.hf.projection_dim": 8,
   }
+
+
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default():
+  then, now = default_config(), default_config()
+  del then.optimizer.layer_decay, then.optimizer.moment_dtype
+  check_resumable(stored(then), now, 100, "w")
+  now.optimizer.layer_decay = 0.8
+  with pytest.raises(UserError, match=r"optimizer.layer_decay: 1.0 then, 0.8 now"):
+    check_resumable(stored(then), now, 100, "w")
+  # And a field that there no longer is, or that a recipe made up, is still compared.
+  then.model.hf.projection_dim = 8
+  with pytest.raises(UserError, match=r"model.hf.projection_dim: 8 then, None now"):
+    check_resumable(stored(then), default_config(), 100, "w")

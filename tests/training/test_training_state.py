@@ -56,3 +56,27 @@ def test_the_first_step_that_is_not_finite_is_kept():
   for x in (1.0, np.nan, 1.0, np.inf):
     state, _ = step(state, batch(x=x), {})
   assert int(state["failed_step"]) == 2
+
+
+def test_the_objective_is_told_the_steps_taken_so_far():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  config, params = (
+    default_config(),
+    {"fusion": {"a": jnp.ones(2)}, "logit_scale": jnp.float32(0.0)},
+  )
+
+  def objective(params, batch, constants):
+    return params["fusion"]["a"].sum(), {
+      "step": constants["step"],
+      "given": constants["given"],
+    }
+
+  rules = (config.optimizer, config.temperature, params)
+  optimizer = optimizers.make_optimizer(*rules, 10)
+  frozen = optimizers.frozen_mask(*rules)
+  step = make_step(objective, optimizer, frozen, config.temperature)
+  state, told = init_state(params, optimizer, mesh), []
+  for _ in range(3):
+    state, metrics = step(state, batch(), {"given": jnp.int32(7)})
+    told.append((int(metrics["step"]), int(metrics["given"])))
+  assert told == [(0, 7), (1, 7), (2, 7)]
