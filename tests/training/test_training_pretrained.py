@@ -71,9 +71,10 @@ def trained(real_data, tmp_path_factory):
     **{
       "init.pretrained": str(root / "hub"),
       "data.path": str(real_data / "flickr8k"),
-      "batch_size": 16,
+      "batch_size": 8,
       "steps": 2,
       "eval.max_items": 8,
+      "eval.before": False,
       "eval.batch_size": 16,
       "log.every": 1,
       "log.tensorboard": False,
