@@ -86,7 +86,7 @@ class Checkpoints:
     self._folder, self._beside = _for_orbax(workdir) / STEPS, beside
     self._begun: tuple[int, int] | None = None  # the last step and its bytes
     self._failed = False
-    with _store_that_refuses(self._folder):
+    with _told_if_refused(self._folder):
       self._manager = ocp.CheckpointManager(self._folder, options=options)
     logging.getLogger("absl").addFilter(_told_twice)
 
@@ -210,13 +210,21 @@ def _for_orbax(workdir: Folder) -> epath.Path:
 
 
 @contextmanager
-def _store_that_refuses(folder: epath.Path) -> Iterator[None]:
-  """Orbax asks a store by Google's own library, with credentials of its own."""
+def _told_if_refused(folder: epath.Path) -> Iterator[None]:
+  """Asks of a bucket, first of all, what Orbax will ask when it saves.
+
+  Orbax asks by Google's own library, which comes with gcsfs but finds credentials and
+  a project by itself. There is no public name for the question.
+  """
+  if not str(folder).startswith("gs://"):
+    yield
+    return
+  from orbax.checkpoint._src.path import gcs_utils
+
   try:
+    gcs_utils.is_hierarchical_namespace_enabled(folder)
     yield
   except Exception as error:
-    if not str(folder).startswith("gs://"):
-      raise
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise UserError(
       f"{folder} cannot be opened for checkpoints ({reason}): check the bucket, the "
