@@ -72,7 +72,7 @@ def run_loop(
     writer: where the numbers of a step go.
     watch: sees the same numbers.
     stop: asked after every step.
-    workdir: the run's folder, for profiler traces.
+    workdir: the run's folder of this machine, for profiler traces.
     records: size of the training source.
 
   Returns:
