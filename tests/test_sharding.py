@@ -75,18 +75,15 @@ class Device:
   ("held", "share"),
   [
     # device -> (process, part of the batch that it holds)
-    ([(0, 0), (0, 1), (1, 2), (1, 3)], (1, 2)),
-    ([(0, 0), (1, 1), (2, 2), (3, 3)], (1, 4)),
-    ([(0, 1), (0, 0), (1, 3), (1, 2)], (1, 2)),
-    ([(0, 0), (0, 1), (1, 0), (1, 1)], (0, 1)),  # tensor spans both
-    ([(0, 0), (0, 0), (1, 1), (1, 1)], (1, 2)),
-    ([(0, 0), (0, 2), (1, 1), (1, 3)], None),
-    ([(0, 0), (0, 1), (0, 2), (1, 3)], None),
+    ([(0, 0), (0, 1), (1, 2), (1, 3)], ((2, 3), 4)),
+    ([(0, 1), (0, 0), (1, 3), (1, 2)], ((2, 3), 4)),
+    ([(0, 0), (0, 1), (1, 0), (1, 1)], ((0, 1), 2)),  # tensor spans both
+    ([(0, 0), (0, 0), (1, 1), (1, 1)], ((1,), 2)),
+    ([(0, 0), (0, 2), (1, 1), (1, 3)], ((1, 3), 4)),  # a torus
   ],
 )
-def test_processes_share_a_batch_in_equal_parts(held, share, monkeypatch):
+def test_processes_read_what_their_devices_hold(held, share, monkeypatch):
   parts = max(part for _, part in held) + 1
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
   where = {Device(process): (slice(part, part + 1),) for process, part in held}
   monkeypatch.setattr(sharding, "batch_devices", lambda mesh: parts)
   monkeypatch.setattr(
@@ -95,11 +92,40 @@ def test_processes_share_a_batch_in_equal_parts(held, share, monkeypatch):
     lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: where),
   )
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  if share is None:
-    with pytest.raises(UserError, match="unequal or scattered parts of a batch"):
-      sharding.batch_share(mesh)
-  else:
-    assert sharding.batch_share(mesh) == share
+  assert sharding.batch_share(None) == share
+
+
+def test_rows_of_a_share():
+  share = sharding.Share((1, 3), 4)
+  assert share.rows(8).tolist() == [2, 3, 6, 7]
+  assert share.rows(8, cuts=2).tolist() == [1, 3, 5, 7]
+
+
+def test_scattered_rows_come_to_their_devices():
+  """A mesh whose devices of one process are not neighbours in the batch."""
+  devices = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]]
+  mesh = jax.sharding.Mesh(devices.reshape(8, 1, 1), sharding.AXES)
+  rows = np.arange(16).reshape(16, 1)
+  placed = sharding.put_batch(mesh, {"x": rows})["x"]
+  np.testing.assert_array_equal(placed, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4"])
+def test_every_host_of_a_real_slice_has_a_share(name, monkeypatch):
+  from gcl_jax.training.ahead import slice_devices
+
+  devices = slice_devices(name)
+  hosts = sorted({device.process_index for device in devices})
+  for fsdp in (1, 4, -1):
+    mesh = sharding.make_mesh(data=1 if fsdp == -1 else -1, fsdp=fsdp, devices=devices)
+    seen = []
+    for host in hosts:
+      monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+      share = sharding.batch_share(mesh)
+      assert len(share.held) == len(devices) // len(hosts)
+      seen += share.held
+    assert sorted(seen) == list(range(len(devices)))
 
 
 def test_every_parameter_has_a_place_and_moments_lie_with_it():

@@ -47,6 +47,19 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
     )
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which saves when it is told to and asks nobody else.
+
+  Its own would ask JAX's preemption service at every save, by the step; the service
+  forgets what `processes.Stop` asked by its own count, and a stop would go unheard.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never: the loop asks."""
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one run: save, restore, list.
 
@@ -87,7 +100,7 @@ class Checkpoints:
     self._begun: tuple[int, int] | None = None  # the last step and its bytes
     self._failed = False
     with _told_if_refused(self._folder):
-      self._manager = ocp.CheckpointManager(self._folder, options=options)
+      self._manager = _Manager(self._folder, options=options)
     logging.getLogger("absl").addFilter(_told_twice)
 
   def latest(self) -> int | None:

@@ -26,6 +26,7 @@ from gcl_jax.sharding import (
   make_mesh,
   put_batch,
   replicated,
+  spans_processes,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ class Embedder:
     self.mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     self._sizes = _batch_sizes(max(batch_size, 1), batch_devices(self.mesh))
     self._threads = threads or min(16, os.cpu_count() or 1)
-    self._failures = Largest("unreadable images")
+    self._failures, self._shared = (
+      Largest("unreadable images"),
+      spans_processes(self.mesh),
+    )
     self._functions = _functions(model, processor.image, self.mesh)
     self._max_length = min(processor.tokenizer.max_length, model.config.text.context)
     self.params = _placed(params, self.mesh)
@@ -174,26 +178,25 @@ class Embedder:
     read all of them hear, or the others would wait for it for ever.
     """
     size = next(size for size in self._sizes if size >= len(batch.rows))
-    part, parts = batch_share(self.mesh)
-    mine = slice(part * size // parts, (part + 1) * size // parts)
+    mine = batch_share(self.mesh).rows(size)
     inputs = {}
     if batch.kind != "text":
       decode = functools.partial(_pixels, self.processor.image, documents)
       rows = _padded(np.array(batch.rows), size)[mine]
-      inputs["pixels"] = self._together(lambda: list(pool.map(decode, rows)), parts)
+      inputs["pixels"] = self._together(lambda: list(pool.map(decode, rows)))
     if batch.tokens is not None:
       inputs["tokens"] = _padded(batch.tokens, size)[mine]
     sent = put_batch(self.mesh, inputs)
     return self._functions[batch.kind](self.params, *sent.values())
 
-  def _together(self, decode: Callable[[], list[np.ndarray]], parts: int) -> np.ndarray:
+  def _together(self, decode: Callable[[], list[np.ndarray]]) -> np.ndarray:
     """Decodes; raises on every process where it fails on one."""
     failure, pixels = None, []
     try:
       pixels = decode()
-    except UserError as error:
+    except Exception as error:
       failure = error
-    if parts > 1 and self._failures(int(failure is not None)) and failure is None:
+    if self._shared and self._failures(int(failure is not None)) and failure is None:
       failure = UserError("another process could not read an image of this batch.")
     if failure is not None:
       raise failure

@@ -121,8 +121,9 @@ def run_loop(
         f"told to stop: step {step} is saved; the same command goes on from there"
       )
     if evaluated:
+      asked = time.monotonic()
       evaluate(state, step)
-      progress.reset()
+      progress.leave_out(time.monotonic() - asked)
     epoch = step * config.batch_size // records
     if last or epoch > (step - 1) * config.batch_size // records:
       guard.check(state)

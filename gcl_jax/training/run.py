@@ -258,7 +258,6 @@ def _assemble(
 def _pipeline(
   config: ConfigDict, source: Source, processor: Processor, mesh: Mesh
 ) -> Pipeline:
-  part, parts = batch_share(mesh)
   return Pipeline(
     source,
     processor,
@@ -267,8 +266,7 @@ def _pipeline(
     augment=config.data.augment,
     crop_scale=tuple(config.data.crop_scale),
     buckets=tuple(config.data.text_buckets),
-    process_index=part,
-    process_count=parts,
+    share=batch_share(mesh),
     cuts=config.accumulate_steps,
     agree=Largest("longest text"),
     threads=config.data.threads,

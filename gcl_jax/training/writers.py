@@ -160,10 +160,6 @@ class ProgressLine:
     """Takes time off the clock that was not training."""
     self._last_time += seconds
 
-  def reset(self) -> None:
-    """Restarts the clock, after time that was not training."""
-    self._last_time = time.monotonic()
-
   def show(self, step: int, values: Mapping[str, float]) -> None:
     """Prints the line for a step, on the first process."""
     if not self._shown:

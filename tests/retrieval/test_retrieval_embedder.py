@@ -16,6 +16,7 @@ from gcl_jax.fusion import FusionSettings, score_fusion
 from gcl_jax.processing import ImageProcessor, Tokenizer, default_clip_processor
 from gcl_jax.retrieval import embedder as embedder_module
 from gcl_jax.retrieval.embedder import Embedder
+from gcl_jax.sharding import Share
 
 TEXTS = ["a red circle", "", "blue", "two large green triangles above a red square"]
 SETTINGS = FusionSettings(image_weight=2.0, text_weight=0.5)
@@ -176,14 +177,14 @@ def test_a_process_reads_the_images_of_its_own_rows(known, monkeypatch):
     return original(mesh, rows)
 
   original, decode = embedder_module.put_batch, embedder_module._pixels
-  monkeypatch.setattr(embedder_module, "batch_share", lambda mesh: (1, 2))
+  monkeypatch.setattr(embedder_module, "batch_share", lambda mesh: Share((1,), 2))
   monkeypatch.setattr(embedder_module, "put_batch", put_half)
   monkeypatch.setattr(
     embedder_module,
     "_pixels",
     lambda *parts: read.append(int(parts[-1])) or decode(*parts),
   )
-  known._failures = lambda failed: told.append(failed) or failed
+  known._shared, known._failures = True, lambda failed: told.append(failed) or failed
   known.embed([picture("red")] * 16)
   assert sorted(read) == list(range(8, 16))
   assert told == [0]
