@@ -6,8 +6,10 @@ The only file that names mesh axes. Three of them: `data` and `fsdp` split the b
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -182,6 +184,56 @@ def shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]]) -> Any:
     return NamedSharding(mesh, spec)
 
   return map_with_path(one, tree)
+
+
+_used_on: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+  "mesh", default=None
+)
+
+
+@contextlib.contextmanager
+def used_on(mesh: Mesh) -> Iterator[None]:
+  """What is traced inside gathers parameters where it uses them, and keeps rows apart.
+
+  Left to itself the compiler may as well keep a parameter split and send the rows of
+  all devices round instead: then `fsdp` would save no memory and no time.
+  """
+  token = _used_on.set(mesh)
+  try:
+    yield
+  finally:
+    _used_on.reset(token)
+
+
+def gathered(params: Any, path: str, layer: bool = False) -> Any:
+  """Parameters whole but for `tensor`, as they are used; the same outside `used_on`.
+
+  An all-gather over `fsdp` where they lie split over it; backward: a sum over the
+  devices, of which each keeps its part.
+
+  Args:
+    params: a tree, or an array. path: where it stands among the parameters.
+    layer: one layer of what is stored with a leading axis of layers.
+  """
+  mesh = _used_on.get()
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params
+
+  def one(below: str, leaf: Any) -> Any:
+    place = f"{path}/{below}" if below else path
+    spec = first_match(PARAMETER_RULES, place, P())[int(layer) :]
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+  return map_with_path(one, params)
+
+
+def rows_apart(x: jax.Array) -> jax.Array:
+  """Activations (B, ...) split over the batch axes; the same outside `used_on`."""
+  mesh = _used_on.get()
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def state_shardings(mesh: Mesh, tree: Any, params: Any, placed: Any) -> Any:

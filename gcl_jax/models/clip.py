@@ -22,6 +22,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings, Mix, score_fusion
 from gcl_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from gcl_jax.models.initial import initial_params
+from gcl_jax.sharding import gathered, rows_apart
 
 _policies = jax.checkpoint_policies
 # What the backward pass of a block may keep. "dots" keeps the products with weights and
@@ -126,11 +127,12 @@ def _stack(config, causal: bool, dtype, rngs: nnx.Rngs) -> Block:
   return make(rngs)
 
 
-def _run(blocks: Block, x: Array, remat: str) -> Array:
+def _run(blocks: Block, x: Array, remat: str, tower: str) -> Array:
   graphdef, state = nnx.split(blocks)
 
   def step(x: Array, layer: dict[str, Any]) -> tuple[Array, None]:
-    return nnx.merge(graphdef, nnx.State(layer))(x), None
+    layer = gathered(layer, f"{tower}/blocks", layer=True)
+    return rows_apart(nnx.merge(graphdef, nnx.State(layer))(rows_apart(x))), None
 
   if remat != "none":
     step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
@@ -181,7 +183,7 @@ class VisionTower(nnx.Module):
     first = self.class_embedding[...].astype(self.dtype)
     first = jnp.broadcast_to(first, (batch, 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
-    x = _run(self.blocks, self.pre_norm(x + positions), self.remat)
+    x = _run(self.blocks, self.pre_norm(x + positions), self.remat, "vision")
     return self.post_norm(x[:, 0])
 
 
@@ -210,7 +212,7 @@ class TextTower(nnx.Module):
     length = tokens.shape[1]
     positions = self.position_embedding.embedding[:length].astype(self.dtype)
     x = self.token_embedding(tokens) + positions
-    x = _run(self.blocks, x, self.remat)
+    x = _run(self.blocks, x, self.remat, "text")
     if config.eos_id == 2:
       # OpenAI's configs say 2, which their vocabulary does not mean: transformers takes
       # the largest id there, which is the end of text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from gcl_jax.losses import (
 from gcl_jax.models import Model
 from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import ImageProcessor
-from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.sharding import BATCH_AXES, gathered, map_with_path, used_on
 from gcl_jax.training.check import direction_weights
 from gcl_jax.training.microbatches import in_microbatches
 from gcl_jax.training.patch_dropout import kept_patches
@@ -53,10 +54,11 @@ def make_objective(
 
   def embed_rows(params, rows):
     pixels, tokens, options = rows
-    return model.bind(params).embed_pair(images.normalize(pixels), tokens, **options)
+    pixels = images.normalize(pixels)
+    return _bound(model, params).embed_pair(pixels, tokens, **options)
 
   def embed_text_rows(params, tokens):
-    return model.bind(params).embed_text(tokens)
+    return _bound(model, params).embed_text(tokens)
 
   embed = in_microbatches(embed_rows, config.microbatches, mesh)
   embed_texts = in_microbatches(embed_text_rows, config.microbatches, mesh)
@@ -72,7 +74,9 @@ def make_objective(
     params = merge_lora(params, config.lora.alpha)
     present = {name: batch[name] for name in ("has_image", "has_text")}
     options = {**present, **dropped(batch, constants)}
-    image, text, mix = embed(params, (batch["pixels"], batch["tokens"], options))
+    # In microbatches a device's rows are its own already.
+    with used_on(mesh) if config.microbatches == 1 else contextlib.nullcontext():
+      image, text, mix = embed(params, (batch["pixels"], batch["tokens"], options))
     scale = jnp.exp(params["logit_scale"])
     shared = {
       "logit_scale": scale,
@@ -104,6 +108,15 @@ def make_objective(
     return loss, metrics
 
   return objective
+
+
+def _bound(model: Model, params: Any) -> Any:
+  """The model with parameters that are whole, but for those that a layer gathers."""
+
+  def one(path: str, leaf: jax.Array) -> jax.Array:
+    return leaf if "/blocks/" in path else gathered(leaf, path)
+
+  return model.bind(map_with_path(one, params))
 
 
 def _separation_features(embed_texts, batch, constants) -> jax.Array | None:

@@ -371,7 +371,7 @@ def test_iterating_again_and_closing(make):
   ("options", "message"),
   [
     ({"batch_size": 6, "process_count": 4}, "4 equal parts; 8 can"),
-    ({"batch_size": 0}, "cannot be shared"),
+    ({"batch_size": 0}, "cannot be cut"),
     ({"batch_size": 24}, "more than the 23 records"),
     ({"augment": "flipp"}, 'did you mean "flip"'),
     ({"crop_scale": (0.5, 2.0), "augment": "crop"}, "crop_scale"),

@@ -5,29 +5,15 @@ import os
 
 import jax
 import pytest
+from ahead_cases import tiny_config
 from jax.sharding import PartitionSpec as P
 
 from gcl_jax.errors import UserError
 from gcl_jax.sharding import make_mesh
 from gcl_jax.training import ahead
 from gcl_jax.training.chips import Chip
-from gcl_jax.training.config import default_config
 from gcl_jax.training.program import Moved
 from gcl_jax.training.start import model_from_config
-
-
-def tiny_config():
-  config = default_config()
-  config.batch_size = 32
-  tower = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-  tower["num_hidden_layers"] = 1
-  config.model.hf = {
-    "projection_dim": 8,
-    "vision_config": {**tower, "image_size": 16, "patch_size": 8},
-    "text_config": {**tower, "max_position_embeddings": 8},
-  }
-  config.tokenizer.vocab_size = 514
-  return config
 
 
 def test_the_step_compiles_from_shapes_alone_on_any_mesh():
