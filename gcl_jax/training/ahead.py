@@ -21,8 +21,9 @@ from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import batch_devices, batch_sharding, make_mesh
 from gcl_jax.training.adapters import adapted_shapes
 from gcl_jax.training.average import trained
+from gcl_jax.training.check import check_kernel
 from gcl_jax.training.chips import Chip, chip_of
-from gcl_jax.training.flops import TRAINING, multiply_adds, pair_flops
+from gcl_jax.training.flops import multiply_adds, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask, make_optimizer
 from gcl_jax.training.program import Moved, moved
@@ -90,13 +91,21 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
       f"config.accumulate_steps {config.accumulate_steps})."
     )
   model = model_from_config(config)
+  check_kernel(config, model.config.projection_dim)
   step, arguments = step_and_shapes(config, model, mesh)
   try:
     compiled = step.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
     raise UserError(f"it does not fit {topology}: {_reason(error)}") from error
   memory = compiled.memory_analysis()
-  length = arguments[1]["tokens"].shape[-1]
+  of_a_pair = pair_flops(
+    model,
+    arguments[1]["tokens"].shape[-1],
+    patch_dropout=config.model.patch_dropout,
+    locked=config.optimizer.locked_tower,
+  )
   return Report(
     chips=mesh.size,
     kind=kind,
@@ -105,7 +114,7 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
     temporaries=memory.temp_size_in_bytes
     + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
     flops=2 * multiply_adds(step, *arguments) // mesh.size,
-    model_flops=TRAINING * pair_flops(model, length) * config.batch_size // mesh.size,
+    model_flops=of_a_pair * config.batch_size // mesh.size,
     moved=moved(compiled.as_text()),
     chip=chip,
   )
@@ -216,9 +225,15 @@ def slice_devices(topology: str) -> list[jax.Device]:
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:  # the plugin raises what it likes
+    if "lockfile" in str(error):
+      raise UserError(
+        "another process has the TPUs' compiler: wait for it, or set "
+        "ALLOW_MULTIPLE_LIBTPU_LOAD=1."
+      ) from error
+    reason = str(error).partition("\n")[0]
     raise UserError(
-      f"--compile_only={topology}: no such slice ({str(error).splitlines()[0]}); such "
-      "as v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4."
+      f"--compile_only={topology}: no such slice ({reason}); such as v5e:4x4, "
+      "v5e:16x16, v6e:8x8, v5p:4x4x4."
     ) from error
   return found.devices
 

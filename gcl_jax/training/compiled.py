@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gcl_jax.models import Model
 from gcl_jax.processes import is_first
 from gcl_jax.training.chips import chip_of
-from gcl_jax.training.flops import TRAINING, pair_flops
+from gcl_jax.training.flops import pair_flops
 from gcl_jax.training.state import State, Step
 
 
@@ -57,18 +57,19 @@ class CompiledStep:
 class Meter:
   """The operations that training needs, and the share of the devices' best that it is.
 
-  Those of a forward and a backward through both towers, at the width that the texts are
-  cut to; what is computed again to save memory does not count (MFU's convention).
+  Those of `pair_flops`, at the width that the texts are cut to; what is computed again
+  to save memory does not count (MFU's convention).
   """
 
-  def __init__(self, model: Model, mesh: Mesh, pairs: int):
+  def __init__(self, model: Model, mesh: Mesh, pairs: int, **options: Any):
     """Args:
     model: whose towers. mesh: the devices. pairs: of a step, over all devices.
+    options: of `pair_flops`.
     """
     chip = chip_of(mesh.devices.flat[0].device_kind)
     self.peak = chip.flops * mesh.size if chip else 0.0
     self._pairs, self._done = pairs, 0
-    self.of_a_pair = functools.cache(lambda width: TRAINING * pair_flops(model, width))
+    self.of_a_pair = functools.cache(lambda width: pair_flops(model, width, **options))
 
   def add(self, batch: dict[str, jax.Array]) -> None:
     """Counts a step."""

@@ -13,26 +13,44 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from gcl_jax.models import Model
+from gcl_jax.training.patch_dropout import kept_count
 
-# A training step: the forward, and twice as much backward.
-TRAINING = 3
+# A tower that is trained: the forward, and twice as much backward.
+_TRAINED, _LOCKED = 3, 1
 
 
-def pair_flops(model: Model, text_length: int) -> int:
-  """Operations of one pair's forward through both towers; what MFU is a share of.
+def pair_flops(
+  model: Model, text_length: int, *, patch_dropout: float = 0.0, locked: str = ""
+) -> int:
+  """Operations that training needs of a pair; what MFU is a share of.
+
+  A forward through both towers and the backward of those that are trained. Of adapters
+  (LoRA) the whole backward counts, though less is needed.
 
   Args:
     model: of `models.build`.
     text_length: tokens of a text.
+    patch_dropout: part of the patches that the image tower does not see.
+    locked: "image" or "text": a tower without a backward.
   """
-  size = model.config.vision.image_size
+  size, patches = model.config.vision.image_size, model.config.vision.grid**2
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
   tokens = jax.ShapeDtypeStruct((1, text_length), "int32")
+  kept = jax.ShapeDtypeStruct((1, kept_count(patches, patch_dropout)), "int32")
 
-  def forward(params, pixels, tokens):
-    return model.bind(params).embed_pair(pixels, tokens)
+  def image(params, pixels, kept):
+    options = {"kept_patches": kept} if patch_dropout else {}
+    return model.bind(params).embed_image(pixels, **options)
 
-  return 2 * multiply_adds(forward, model.abstract(), pixels, tokens)
+  def text(params, tokens):
+    return model.bind(params).embed_text(tokens)
+
+  params = model.abstract()
+  passes = {name: _LOCKED if name == locked else _TRAINED for name in ("image", "text")}
+  return 2 * (
+    passes["image"] * multiply_adds(image, params, pixels, kept)
+    + passes["text"] * multiply_adds(text, params, tokens)
+  )
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:

@@ -26,8 +26,9 @@ def in_microbatches(embed: Embed, count: int, mesh: Mesh) -> Embed:
   """`embed` in `count` parts of each device's rows, one part's activations at a time.
 
   A part is cut out of a device's own shard, so no row moves. Collectives: none in the
-  forward; in the backward one all-reduce of the parameters' gradients, after the last
-  part.
+  forward, but where parameters lie split over `fsdp` they are gathered, all of them, for
+  the whole step; in the backward one all-reduce of the parameters' gradients, after the
+  last part.
 
   Args:
     embed: rows are independent of one another.

@@ -180,7 +180,13 @@ def train(
 
     if _evaluation_is_owed(latest or 0, config, total_steps, results):
       evaluate_and_keep(state, latest or 0)
-    meter = Meter(parts.model, mesh, config.batch_size)
+    meter = Meter(
+      parts.model,
+      mesh,
+      config.batch_size,
+      patch_dropout=config.model.patch_dropout,
+      locked=config.optimizer.locked_tower,
+    )
     run_loop(
       state,
       config=config,
