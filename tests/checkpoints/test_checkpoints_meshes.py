@@ -1,14 +1,18 @@
 """A checkpoint written on one mesh is read on another, and in another type, to the bit."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gcl_jax.checkpoints import Checkpoints
+from gcl_jax.errors import UserError
 from gcl_jax.sharding import make_mesh
 from gcl_jax.training.config import default_config
 from gcl_jax.training.optimizer import make_optimizer
+from gcl_jax.training.resume import check_resumable
 from gcl_jax.training.state import places_of_state
 
 
@@ -94,3 +98,12 @@ def test_a_state_is_read_in_the_type_that_is_asked_for(tmp_path):
     changed += ours.dtype != theirs.dtype
     assert np.asarray(ours).tobytes() == np.asarray(theirs.astype(ours.dtype)).tobytes()
   assert changed and {x.dtype for x in jax.tree.leaves(narrow)} >= {jnp.bfloat16.dtype}
+
+
+def test_but_a_run_does_not_change_the_type_of_its_moments():
+  then, now = default_config(), default_config()
+  now.optimizer.moment_dtype = "bfloat16"
+  stored = types.SimpleNamespace(config=then, records=9)
+  said = r"config\.optimizer\.moment_dtype: 'float32' then, 'bfloat16' now\nGo on with"
+  with pytest.raises(UserError, match=said):
+    check_resumable(stored, now, 9, "runs/a")

@@ -1,11 +1,16 @@
 """A disk that is full while a run saves: exit 2, one message, and on by the same command."""
 
 import os
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import pytest
+
+from gcl_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 # As `tiny_run` was trained: what it found is what an undisturbed run finds.
@@ -65,3 +70,28 @@ def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(tiny_run, tm
   ours, theirs = (read_run(workdir)[1] for workdir in (tmp_path / "run", tiny_run))
   for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     assert x.tobytes() == y.tobytes()
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_first_step(
+  tmp_path, monkeypatch
+):
+  from gcl_jax.train import train_and_evaluate
+  from gcl_jax.training import run as run_module
+
+  def compiled(*_, **__):
+    raise AssertionError("a step was made: the mistake was found too late")
+
+  monkeypatch.setattr(run_module, "make_step", compiled)
+  usage = types.SimpleNamespace(free=30_000_000)  # one would find room
+  monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+  with pytest.raises(
+    UserError, match=r"30 MB free, and two checkpoints .* need 38\.5 MB"
+  ):
+    train_and_evaluate(recipe(), tmp_path / "run")
+
+
+def recipe():
+  config = runpy.run_path(str(ROOT / "configs/demo.py"))["get_config"]()
+  config.data.scenes_train_size = 600
+  config.eval.before = False
+  return config
