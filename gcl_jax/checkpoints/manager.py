@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gcl_jax.checkpoints.folder import Folder, read_description, run_folder
+from gcl_jax.checkpoints.quiet import be_quiet, speak_again
 from gcl_jax.checkpoints.room import check_room, no_room_for
 from gcl_jax.checkpoints.weights import weights_in_use
 from gcl_jax.checkpoints.whole import STEPS, damaged_steps, saved_steps
@@ -101,7 +101,7 @@ class Checkpoints:
     self._failed = False
     with _told_if_refused(self._folder):
       self._manager = _Manager(self._folder, options=options)
-    logging.getLogger("absl").addFilter(_told_twice)
+    be_quiet()
 
   def latest(self) -> int | None:
     """The newest whole step, or None."""
@@ -181,7 +181,8 @@ class Checkpoints:
     finally:
       with suppress(Exception):  # all that could fail was waited for
         self._manager.close()
-      logging.getLogger("absl").removeFilter(_told_twice)
+      if not self._failed:  # else the other writes of that step may still speak
+        speak_again()
 
   @contextmanager
   def _writing(self) -> Iterator[None]:
@@ -198,14 +199,6 @@ class Checkpoints:
       if said is None:
         raise
       raise UserError(said) from error
-
-
-def _told_twice(record: logging.LogRecord) -> bool:
-  """A filter: whether a log record is not of an error that Orbax also raises.
-
-  It logs each from every thread that it passes, with a traceback.
-  """
-  return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _bytes(state: Any) -> int:
