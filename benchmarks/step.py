@@ -19,11 +19,12 @@ cache empty and then filled (`step_startup.py`).
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _FLAGS = flags.FLAGS
 _MODELS = ("TinyCLIP-ViT-8M-16-Text-3M", "ViT-B/32")
 _KEYS = ("pixels", "tokens", "has_image", "has_text", "pair_ids")
 _LOOKED_AT = 8  # batches, for the most usual length of the longest text
+_TRIED = 64  # at most, to find them
 # What two orders of summation may do: to the loss, and to a first step of Adam, in which
 # a gradient near zero counts almost as much as any other.
 _APART = {"float32": (1e-4, 0.05), "bfloat16": (0.05, 1.0)}
@@ -103,7 +105,7 @@ def measure(config: ConfigDict, *, repeats: int) -> list[dict[str, Any]]:
   """The JSON rows of one model.
 
   Raises:
-    UserError: PyTorch is not installed, or the data is too little for a batch.
+    UserError: PyTorch is not installed, or the data does not fill a batch.
   """
   if find_spec("torch") is None:
     raise UserError("the other side of this benchmark needs PyTorch: pip install torch")
@@ -180,30 +182,31 @@ def usual_batch(config: ConfigDict, source: Any, processor: Any) -> dict[str, An
   """
   from gcl_jax.data import Pipeline
 
-  with_ids = Pipeline(
+  pipeline = Pipeline(
     source,
     processor,
     batch_size=config.batch_size,
     seed=config.seed,
     buckets=tuple(config.data.text_buckets),
   )
-  batches = list(_distinct(with_ids, _LOOKED_AT))
-  with_ids.close()
+  some = itertools.islice(pipeline, _TRIED)
+  batches = list(itertools.islice(filter(_distinct, some), _LOOKED_AT))
+  pipeline.close()
+  if not batches:
+    raise UserError(
+      f"--batch_size={config.batch_size}: no batch of so many pairs without two that "
+      "share a picture or a caption. A smaller one would do, or more --data."
+    )
   lengths = collections.Counter(batch["tokens"].shape[1] for batch in batches)
   (length, _), *_ = lengths.most_common(1)
   found = next(batch for batch in batches if batch["tokens"].shape[1] == length)
   return {name: found[name] for name in _KEYS}
 
 
-def _distinct(batches: Iterator[Any], count: int) -> Iterator[Any]:
-  """The first so many batches in which no id is there twice."""
-  for batch in batches:
-    ids = batch["pair_ids"]
-    if all(len(np.unique(column)) == len(ids) for column in ids.T):
-      yield batch
-      count -= 1
-    if not count:
-      return
+def _distinct(batch: dict[str, Any]) -> bool:
+  """Whether no id is there twice."""
+  ids = batch["pair_ids"]
+  return all(len(np.unique(column)) == len(ids) for column in ids.T)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
