@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,36 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
 
 
 def _guarded(main: Callable[[], None], resumable: bool) -> None:
+  try:
+    _ended_well(main, resumable)
+  except SystemExit as end:
+    if end.code != RESTART_ME:  # where all of them end together
+      _leave_if_one_of_several(end.code)
+    raise
+  except Exception:
+    if _is_one_of_several():
+      traceback.print_exc()
+      _leave_if_one_of_several(1)
+    raise
+
+
+def _is_one_of_several() -> bool:
+  if "jax" not in sys.modules:
+    return False
+  from gcl_jax.processes import is_one_of_several
+
+  return is_one_of_several()
+
+
+def _leave_if_one_of_several(code: int) -> None:
+  """An exit would wait minutes for processes that wait for this one."""
+  if _is_one_of_several():
+    from gcl_jax.processes import leave
+
+    leave(code)
+
+
+def _ended_well(main: Callable[[], None], resumable: bool) -> None:
   if not any(given.lstrip("-").startswith("verbosity") for given in sys.argv):
     # The libraries narrate every file that they write; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)

@@ -14,6 +14,7 @@ from absl import flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
+from gcl_jax.paths import AnyPath, as_path, write_whole
 
 _FLAGS = flags.FLAGS
 
@@ -40,7 +41,7 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Flags in, one evaluation, a table and a JSON file."""
-  output = Path(_FLAGS.output) if _FLAGS.output else None
+  output = as_path(_FLAGS.output) if _FLAGS.output else None
   check_output(output)
   data_config, embedder, notes = _load(_FLAGS.checkpoint, _FLAGS.step)
 
@@ -57,13 +58,14 @@ def main() -> None:
   rows = {Path(_FLAGS.checkpoint).name: result}
   print(render(rows, center=_FLAGS.center, notes=notes))
   if output:
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(output)
+    try:
+      write_whole(output, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+      raise UserError(f"--output={output} cannot be written: {error}.") from error
     print(f"written: {output}")
 
 
-def check_output(output: Path | None) -> None:
+def check_output(output: AnyPath | None) -> None:
   """Refuses an output that could not be written, or that is something else.
 
   Raises:

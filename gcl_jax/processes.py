@@ -6,9 +6,13 @@ collective would have to wait for the steps that are already on the device.
 
 from __future__ import annotations
 
+import collections
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
+from typing import ClassVar, NoReturn
 
 import jax
 
@@ -44,8 +48,9 @@ def join(coordinator: str = "", processes: int = 0, process_id: int = -1) -> Non
     else:
       jax.distributed.initialize()
   except (ValueError, RuntimeError) as error:
+    first = str(error).partition("\n")[0]
     raise UserError(
-      f"the processes of this job cannot meet ({str(error).splitlines()[0]}). Outside "
+      f"the processes of this job cannot meet ({first}). Outside "
       "a TPU pod, SLURM or GKE say who is who: --coordinator=host:port --processes=N "
       "--process_id=i."
     ) from error
@@ -66,34 +71,69 @@ def _service():
   return distributed.global_state.client if jax.process_count() > 1 else None
 
 
+_times: collections.Counter[str] = collections.Counter()
+
+
 def barrier(name: str) -> None:
-  """Returns when every process has come to it. A name serves once."""
+  """Returns when every process has come to it, as often as all the others."""
   service = _service()
   if service is not None:
-    service.wait_at_barrier(f"gcl_jax/{name}", _PATIENCE_MS)
+    _times[name] += 1
+    service.wait_at_barrier(f"gcl_jax/{name}/{_times[name]}", _PATIENCE_MS)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process at once, without waiting for the others as an exit would.
+
+  They hear of it from the service, or from whoever started them.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def is_one_of_several() -> bool:
+  """Whether this process has joined others; starts no backend."""
+  from jax._src import distributed
+
+  return (distributed.global_state.num_processes or 1) > 1
 
 
 class Largest:
-  """The largest of the processes' numbers, asked for by all of them in one order."""
+  """The largest of the processes' numbers, asked for by all of them in one order.
+
+  Every process first asks those of a name in one order too.
+  """
+
+  _used: ClassVar[collections.Counter[str]] = collections.Counter()
 
   def __init__(self, name: str):
-    """A name serves one at a time."""
-    self._name, self._asked = f"gcl_jax/{name}", 0
+    """Args:
+    name: what the numbers are.
+    """
+    self._name, self._folder, self._asked = name, "", 0
 
   def __call__(self, number: int) -> int:
-    """Tells the others, and waits for theirs."""
+    """Tells the first process, which tells all of them the largest."""
     service = _service()
     if service is None:
       return number
+    if not self._folder:
+      self._folder = f"gcl_jax/{self._name}/{self._used[self._name]}"
+      self._used[self._name] += 1
     me, asked = jax.process_index(), self._asked
-    service.key_value_set(f"{self._name}/{asked}/{me}", str(number))
-    others = (p for p in range(jax.process_count()) if p != me)
-    for other in others:
-      key = f"{self._name}/{asked}/{other}"
-      number = max(number, int(service.blocking_key_value_get(key, _PATIENCE_MS)))
-    if asked:
-      # Whoever told this round's number has read all of the last round's.
-      service.key_value_delete(f"{self._name}/{asked - 1}/{me}")
+    told, answer = f"{self._folder}/{asked}", f"{self._folder}/{asked}/answer"
+    if me == 0:
+      for other in range(1, jax.process_count()):
+        said = service.blocking_key_value_get(f"{told}/{other}", _PATIENCE_MS)
+        number = max(number, int(said))
+      service.key_value_set(answer, str(number))
+      if asked:
+        # Whoever told this round's number has read the last round's answer.
+        service.key_value_delete(f"{self._folder}/{asked - 1}")
+    else:
+      service.key_value_set(f"{told}/{me}", str(number))
+      number = int(service.blocking_key_value_get(answer, _PATIENCE_MS))
     self._asked += 1
     return number
 

@@ -6,10 +6,9 @@ The only file that names mesh axes. Three of them: `data` and `fsdp` split the b
 
 from __future__ import annotations
 
-import collections
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -97,32 +96,35 @@ def batch_devices(mesh: Mesh) -> int:
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-  """Which part of a batch this process reads, and how many parts there are.
+class Share(NamedTuple):
+  """Which parts of a batch a process reads, ascending, of how many equal ones."""
 
-  Processes whose devices hold the same rows (`tensor` spans them) read the same part.
+  held: tuple[int, ...] = (0,)
+  parts: int = 1
 
-  Raises:
-    UserError: the rows of one process are not one part of so many equal ones.
+  def rows(self, batch_size: int, cuts: int = 1) -> np.ndarray:
+    """Places of this process's rows in a batch, or in each of its `cuts` pieces."""
+    places = np.arange(batch_size).reshape(cuts, self.parts, -1)
+    return places[:, list(self.held)].reshape(-1)
+
+
+def batch_share(mesh: Mesh) -> Share:
+  """What of a batch lies on this process's devices.
+
+  Parts need not be neighbours: on a TPU the mesh follows the torus, and a host's chips
+  are a square of it. Processes that hold the same part (`tensor` spans them) read it
+  both.
   """
   parts = batch_devices(mesh)
-  held: dict[int, set[int]] = collections.defaultdict(set)
-  for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
-    held[device.process_index].add(rows.start or 0)
-  mine = held[jax.process_index()]
-  size = len(mine)
+  places = batch_sharding(mesh).devices_indices_map((parts,))
+  here = jax.process_index()
+  held = {rows.start or 0 for d, (rows,) in places.items() if d.process_index == here}
+  return Share(tuple(sorted(held)), parts)
 
-  def is_part(rows: set[int]) -> bool:
-    first = min(rows)
-    return first % size == 0 and rows == set(range(first, first + size))
 
-  if not all(map(is_part, held.values())):
-    raise UserError(
-      f"config.mesh {dict(mesh.shape)} gives the {len(held)} processes unequal or "
-      "scattered parts of a batch: let config.mesh.data x fsdp be a multiple of the "
-      "processes, or config.mesh.tensor a multiple of a process's devices."
-    )
-  return min(mine) // size, parts // size
+def spans_processes(mesh: Mesh) -> bool:
+  """Whether devices of several processes share the mesh."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -221,23 +223,22 @@ def put(tree: Any, places: Any) -> Any:
 def put_batch(
   mesh: Mesh, batch: Mapping[str, np.ndarray], axis: int = 0
 ) -> dict[str, jax.Array]:
-  """This process's part of a batch (`batch_share`) -> global arrays over the batch axes.
+  """This process's rows of a batch (`Share.rows`) -> global arrays over the batch axes.
 
   `axis` is that of the rows; what lies before it is not split.
   """
   before = (slice(None),) * axis
   sharding = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
-  part, parts = batch_share(mesh)
+  share = batch_share(mesh)
 
   def one(rows: np.ndarray) -> jax.Array:
-    here = rows.shape[axis]
-    first = part * here
+    size = rows.shape[axis] // len(share.held)  # of a part
 
-    def held(at: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = at[axis].indices(parts * here)
-      return rows[(*before, slice(start - first, stop - first))]
+    def part(at: tuple[slice, ...]) -> np.ndarray:
+      place = share.held.index((at[axis].start or 0) // size)
+      return rows[(*before, slice(place * size, (place + 1) * size))]
 
-    shape = (*rows.shape[:axis], parts * here, *rows.shape[axis + 1 :])
-    return jax.make_array_from_callback(shape, sharding, held)
+    shape = (*rows.shape[:axis], share.parts * size, *rows.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, part)
 
   return {name: one(np.asarray(rows)) for name, rows in batch.items()}

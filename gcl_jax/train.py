@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
+from gcl_jax.paths import AnyPath, is_remote
 
 _FLAGS = flags.FLAGS
 
@@ -24,7 +25,9 @@ def _define_flags() -> None:
   from ml_collections import config_flags
 
   config_flags.DEFINE_config_file("config", None, "a recipe, such as configs/demo.py")
-  flags.DEFINE_string("workdir", "", "the run's folder; by default runs/<config.name>")
+  flags.DEFINE_string(
+    "workdir", "", "the run's folder, gs:// too; by default runs/<config.name>"
+  )
   flags.DEFINE_bool(
     "distributed", False, "join the other processes of this job (TPU pods, SLURM, ...)"
   )
@@ -51,10 +54,11 @@ def main() -> None:
   if _FLAGS.distributed or explicit != ("", 0, -1):
     join(*explicit)
 
+  from gcl_jax.checkpoints import run_folder
   from gcl_jax.evaluation import render
   from gcl_jax.training.check import describe_loss
 
-  workdir = Path(_FLAGS.workdir or f"runs/{config.name}")
+  workdir = run_folder(_FLAGS.workdir or f"runs/{config.name}")
   trained, rows = train_and_evaluate(config, workdir)
   if not is_first():
     return
@@ -84,7 +88,7 @@ def _compile_only(config: ConfigDict) -> None:
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: Path
+  config: ConfigDict, workdir: AnyPath
 ) -> tuple[bool, dict[str, Mapping[str, Any]]]:
   """Runs a config, evaluated in nine directions on the held-out part of its data.
 
@@ -134,13 +138,14 @@ def train_and_evaluate(
   return outcome.trained, {**rows, "after": outcome.results[outcome.steps]}
 
 
-def _next_commands(workdir: Path) -> str:
+def _next_commands(workdir: AnyPath) -> str:
   python = Path(sys.executable).name
+  here = workdir.name if is_remote(workdir) else workdir  # an export is a local folder
   return (
     "Next:\n"
     f"  {python} -m gcl_jax.evaluate --checkpoint={workdir} "
     f"--output={workdir}/evaluation.json\n"
-    f"  {python} -m gcl_jax.export --checkpoint={workdir} --output={workdir}-export\n"
+    f"  {python} -m gcl_jax.export --checkpoint={workdir} --output={here}-export\n"
     f"  {python} -m gcl_jax.train --config=configs/tinyclip.py "
     "--config.data.path=<your folder with captions.jsonl>"
   )

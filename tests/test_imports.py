@@ -16,6 +16,7 @@ FLOORS = {
   "fusion": 1,
   "sharding": 1,
   "processes": 1,
+  "paths": 1,
   "processing": 1,
   "models": 2,
   "losses": 2,

@@ -5,10 +5,12 @@ from gcl_jax.checkpoints.folder import (
   is_run,
   read_description,
   read_results,
+  run_folder,
   write_description,
   write_result,
 )
-from gcl_jax.checkpoints.manager import Checkpoints, read_run, saved_steps
+from gcl_jax.checkpoints.manager import Checkpoints, read_run
+from gcl_jax.checkpoints.whole import saved_steps
 
 __all__ = [
   "Checkpoints",
@@ -17,6 +19,7 @@ __all__ = [
   "read_description",
   "read_results",
   "read_run",
+  "run_folder",
   "saved_steps",
   "write_description",
   "write_result",

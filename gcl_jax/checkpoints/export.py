@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from gcl_jax._version import __version__
+from gcl_jax.checkpoints.folder import Folder
 from gcl_jax.checkpoints.manager import read_run
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
@@ -30,7 +32,7 @@ _FILES = {
 
 
 def export_run(
-  workdir: str | os.PathLike,
+  workdir: Folder,
   output: str | os.PathLike,
   *,
   step: int | None = None,
@@ -84,8 +86,12 @@ def check_output(output: Path) -> None:
   deletes, holds something that no export of ours left there.
 
   Raises:
-    UserError: it does, or it is a file.
+    UserError: it does, or it is a file, or an address.
   """
+  if re.match(r"\w+:/", str(output)):  # a Path has lost the second slash
+    raise UserError(
+      f"--output={output}: an export is a folder of this machine; copy it from there."
+    )
   if output.exists() and not output.is_dir():
     raise UserError(f"--output={output} is a file: name a folder.")
   others = _others(output)

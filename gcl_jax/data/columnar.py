@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gcl_jax.data.columns import SPLIT_COLUMN, Columns
-from gcl_jax.data.files import AnyPath, is_remote, stamp
+from gcl_jax.paths import AnyPath, is_remote, stamp
 from gcl_jax.data.index_cache import Index, cache_file, read_index, write_index
 from gcl_jax.data.picture_folder import PictureFolder, Pictures
 from gcl_jax.data.record import BadRecord, Record

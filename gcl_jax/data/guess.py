@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gcl_jax.data.files import as_path
+from gcl_jax.paths import as_path
 from gcl_jax.data.packed_format import MANIFEST
 from gcl_jax.errors import UserError
 

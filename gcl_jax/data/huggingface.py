@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gcl_jax.data.columnar import ColumnarSource
-from gcl_jax.data.files import AnyPath, RemotePath, as_path
+from gcl_jax.paths import AnyPath, RemotePath, as_path
 from gcl_jax.data.parquet import SUFFIXES, parquet_source
 from gcl_jax.data.settings import DataSettings, nearest
 from gcl_jax.data.shards import Shard, find_shards

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gcl_jax.data.files import AnyPath, RemotePath, as_path, is_remote, size_of, stamp
+from gcl_jax.paths import AnyPath, RemotePath, as_path, is_remote, size_of, stamp
 from gcl_jax.data.index_cache import cache_folder
 from gcl_jax.data.packed_format import (
   FORMAT,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gcl_jax.data.files import AnyPath, RemotePath, as_path
+from gcl_jax.paths import AnyPath, RemotePath, as_path
 from gcl_jax.data.pack_records import Packed, Packing, pack_record
 from gcl_jax.data.packed import read_manifest, read_shard_index
 from gcl_jax.data.packed_format import FORMAT, MANIFEST, shard_name

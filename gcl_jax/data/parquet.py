@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from gcl_jax.data.columnar import ColumnarSource
-from gcl_jax.data.files import AnyPath, RemotePath, as_path
+from gcl_jax.paths import AnyPath, RemotePath, as_path
 from gcl_jax.data.settings import DataSettings
 from gcl_jax.data.shards import Shard, find_shards
 from gcl_jax.errors import UserError

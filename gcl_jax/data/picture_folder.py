@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from gcl_jax.data.files import AnyPath, as_path, is_remote
+from gcl_jax.paths import AnyPath, as_path, is_remote
 from gcl_jax.data.record import BadRecord
 from gcl_jax.data.zip_images import ZipImages
 

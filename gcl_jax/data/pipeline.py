@@ -18,8 +18,10 @@ from gcl_jax.data.augment import make_augment
 from gcl_jax.data.pair_ids import padding_ids, pair_ids
 from gcl_jax.data.record import BadRecord, Source
 from gcl_jax.errors import UserError
+from gcl_jax.sharding import Share
 
 Batch = dict[str, np.ndarray]
+_ALL = Share()
 DEFAULT_BUCKETS = (16, 24, 32, 48, 77)
 _RECENT = 20
 _MESSAGE = 300
@@ -48,13 +50,12 @@ class _Collated(NamedTuple):
 class Pipeline:
   """Batches of this process, without end; an iterator.
 
-  A batch is a dict of numpy arrays, n = batch_size // process_count rows:
+  A batch is a dict of numpy arrays of n rows, our share of the batch size:
     pixels uint8 (n, S, S, 3); tokens int32 (n, L); has_image, has_text bool (n,);
     pair_ids int32 (n, 2); index int64 (n,), the record's place in the source;
     caption_index int32 (n,), which of its texts, -1 for none.
-  Part p holds the rows p n to (p + 1) n of the global batch; where that is cut into
-  several, an equal share of each (`rows_of_batch`). A record that cannot be read is a
-  row with neither image nor text, and ids like no other row's.
+  `rows_of_batch` are their places in the global batch. A record that cannot be read is
+  a row with neither image nor text, and ids like no other row's.
 
   L is the smallest bucket that holds the batch's longest text. Processes must agree on
   it: with several, it is the largest bucket unless `agree` is given.
@@ -71,8 +72,8 @@ class Pipeline:
     crop_scale: part of the area that a crop keeps.
     buckets: token lengths to cut to. Those above the tokenizer's maximum become it;
       texts longer than the largest are cut and keep their end token.
-    process_index, process_count: which part of each batch is ours, of how many; two
-      processes may read the same (`sharding.batch_share`).
+    share: which rows of each batch are ours (`sharding.batch_share`); two processes may
+      read the same.
     cuts: pieces of consecutive rows that the global batch will be cut into.
     threads: that read and decode whole batches; 0 reads when asked.
     prefetch: batches read ahead.
@@ -95,20 +96,19 @@ class Pipeline:
     augment: str = "none",
     crop_scale: tuple[float, float] = (0.5, 1.0),
     buckets: Sequence[int] = DEFAULT_BUCKETS,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = _ALL,
     cuts: int = 1,
     threads: int = 4,
     prefetch: int = 4,
     position: int = 0,
     agree: Callable[[int], int] | None = None,
   ):
-    _check(source, batch_size, seed, process_index, process_count, position)
+    _check(source, batch_size, seed, share, position)
     self._source, self._processor = source, processor
     self._batch_size, self._seed = batch_size, int(seed)
-    self._process_count = process_count
-    share = np.arange(batch_size).reshape(cuts, process_count, -1)[:, process_index]
-    self.rows_of_batch = share.reshape(-1)  # (n,) our rows' places in the global batch
+    self._alone = len(share.held) == share.parts
+    # (n,) our rows' places in the global batch.
+    self.rows_of_batch = share.rows(batch_size, cuts)
     size = getattr(processor.image, "shortest_edge", processor.image.image_size)
     self._augment = make_augment(augment, size=size, scale=tuple(crop_scale))
     self._buckets = _usable(buckets, processor.tokenizer.max_length)
@@ -168,7 +168,7 @@ class Pipeline:
       .repeat()
       .map_with_index(_Place)
     )
-    rows = self._batch_size // self._process_count
+    rows = len(self.rows_of_batch)
     # Counted from our position, not from a step, so that the batch size may change.
     first, offsets = self.position, self.rows_of_batch.tolist()
 
@@ -237,7 +237,7 @@ class Pipeline:
   def _width(self, longest: int) -> int:
     if self._agree is not None:
       longest = self._agree(longest)
-    elif self._process_count > 1:
+    elif not self._alone:
       return self._buckets[-1]
     return next(bucket for bucket in self._buckets if bucket >= longest)
 
@@ -254,27 +254,20 @@ def _usable(buckets: Sequence[int], max_length: int) -> tuple[int, ...]:
 
 
 def _check(
-  source: Source,
-  batch_size: int,
-  seed: int,
-  process_index: int,
-  process_count: int,
-  position: int,
+  source: Source, batch_size: int, seed: int, share: Share, position: int
 ) -> None:
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process {process_index} of {process_count}")
   if position < 0:
     raise ValueError(f"position {position}")
-  if batch_size < 1 or batch_size % process_count:
-    nearest = max(1, round(batch_size / process_count)) * process_count
+  if batch_size < 1 or batch_size % share.parts:
+    nearest = max(1, round(batch_size / share.parts)) * share.parts
     raise UserError(
-      f"config.batch_size={batch_size} cannot be shared by {process_count} processes; "
+      f"config.batch_size={batch_size} cannot be cut into {share.parts} equal parts; "
       f"{nearest} can"
     )
   if batch_size > len(source):
     raise UserError(
       f"config.batch_size={batch_size} is more than the {len(source)} records there "
-      f"are; set it to at most {len(source) // process_count * process_count}"
+      f"are; set it to at most {len(source) // share.parts * share.parts}"
     )
   if not 0 <= seed < 2**32:
     raise UserError(f"config.seed={seed} is outside 0 to {2**32 - 1}")

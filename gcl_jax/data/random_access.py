@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from gcl_jax.data.files import AnyPath, RemotePath, as_path, is_remote
+from gcl_jax.paths import AnyPath, RemotePath, as_path, is_remote
 
 
 class RandomFile:

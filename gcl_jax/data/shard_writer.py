@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gcl_jax.data.files import AnyPath, RemotePath
+from gcl_jax.paths import AnyPath, RemotePath
 from gcl_jax.data.pack_records import Packed
 from gcl_jax.data.packed_format import (
   WRITER_OPTIONS,

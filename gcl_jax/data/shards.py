@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gcl_jax.data.files import AnyPath, RemotePath, as_path, is_remote
+from gcl_jax.paths import AnyPath, RemotePath, as_path, is_remote
 from gcl_jax.data.settings import nearest
 from gcl_jax.errors import UserError
 

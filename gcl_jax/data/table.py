@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 
 from gcl_jax.data.columns import Columns, split_of
-from gcl_jax.data.files import AnyPath, as_path
+from gcl_jax.paths import AnyPath, as_path
 from gcl_jax.data.guess import guess_source
 from gcl_jax.data.picture_folder import ARCHIVE, PictureFolder, Pictures
 from gcl_jax.data.record import BadRecord, Record

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from gcl_jax.data.files import AnyPath, open_file, stamp
+from gcl_jax.paths import AnyPath, open_file, stamp
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.data.record import BadRecord
 from gcl_jax.errors import UserError

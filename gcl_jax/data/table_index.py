@@ -9,7 +9,7 @@ from itertools import chain, islice
 import numpy as np
 
 from gcl_jax.data.columns import Columns, split_of
-from gcl_jax.data.files import AnyPath, open_file, stamp
+from gcl_jax.paths import AnyPath, open_file, stamp
 from gcl_jax.data.index_cache import Index, cache_file, read_index, write_index
 from gcl_jax.data.record import BadRecord
 from gcl_jax.data.splits import group_hash

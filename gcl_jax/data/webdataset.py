@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gcl_jax.data.columns import SPLIT_COLUMN, Columns, split_of, strings
-from gcl_jax.data.files import is_remote, open_file, size_of, stamp
+from gcl_jax.paths import is_remote, open_file, size_of, stamp
 from gcl_jax.data.index_cache import Index, cache_file, read_index, write_index
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.data.record import BadRecord, Record

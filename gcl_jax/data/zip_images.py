@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from gcl_jax.data.files import AnyPath, open_file
+from gcl_jax.paths import AnyPath, open_file
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.data.record import BadRecord
 from gcl_jax.errors import UserError

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from gcl_jax.losses import denominators, kernels, streaming
+from gcl_jax.losses import denominators, streaming
 from gcl_jax.losses.pairs import BANKS, Pairs, batch_parts
 from gcl_jax.losses.tiles import Anchors, Block, Tile
 
@@ -91,6 +91,8 @@ def make_plan(
   ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
   size = block_size or default_block(mesh)
   if kernel == "pallas":
+    from gcl_jax.losses import kernels  # needs a JAX with Triton; nothing else does
+
     tile = kernels.kernel_tile(tile, pairs.image.shape[1], _platform(mesh))
     size = block_size or KERNEL_BLOCK
   return Plan(tile, formula, size, mesh, tuple(batch_axes), ring and parts > 1)

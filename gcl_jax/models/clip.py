@@ -245,8 +245,9 @@ class CLIP(nnx.Module):
     rngs: nnx.Rngs,
   ):
     width = config.projection_dim
-    self.vision = VisionTower(config.vision, dtype, remat, rngs)
-    self.text = TextTower(config.text, dtype, remat, rngs)
+    of_image, of_text = _of_towers(remat)
+    self.vision = VisionTower(config.vision, dtype, of_image, rngs)
+    self.text = TextTower(config.text, dtype, of_text, rngs)
     self.image_projection = _linear(
       config.vision.width, width, jnp.float32, rngs, bias=False
     )
@@ -338,6 +339,12 @@ class Model:
 
 
 @functools.cache
+def _of_towers(remat: str) -> tuple[str, ...]:
+  """The policies of the image tower and of the text tower."""
+  names = tuple(remat.split(","))
+  return names * 2 if len(names) == 1 else names
+
+
 def _abstract(config, fusion, dtype: str, remat: str) -> tuple[Any, Any]:
   def make() -> CLIP:
     rngs = nnx.Rngs(params=jax.random.key(0))
@@ -363,14 +370,18 @@ def build(
       and embeddings are float32 in any case. JAX rounds the inputs of float32 products
       on TPUs and GPUs unless told otherwise (`jax.default_matmul_precision`).
     remat: what the backward pass may keep of a block: "none" (everything), "dots"
-      (products with weights) or "full" (the block's input alone).
+      (products with weights) or "full" (the block's input alone); or two of them with
+      a comma between, "full,none": the image tower's and the text tower's.
 
   Raises:
     UserError: an unknown dtype or remat.
   """
   if dtype not in DTYPES:
     raise UserError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}.")
-  if remat not in REMAT:
-    raise UserError(f"model.remat is {remat!r}: it is one of {', '.join(REMAT)}.")
+  if len(_of_towers(remat)) != 2 or not set(_of_towers(remat)) <= set(REMAT):
+    raise UserError(
+      f"model.remat is {remat!r}: it is one of {', '.join(REMAT)}, or two with a comma "
+      "between, for the image tower and for the text tower."
+    )
   fusion = FusionSettings() if fusion is None else fusion
   return Model(config, fusion, dtype, remat, *_abstract(config, fusion, dtype, remat))

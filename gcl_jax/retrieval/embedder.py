@@ -18,8 +18,16 @@ from PIL import Image
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import NORM_FLOOR, fuse
+from gcl_jax.processes import Largest
 from gcl_jax.processing import ImageError, ImageProcessor, Processor
-from gcl_jax.sharding import batch_devices, batch_sharding, make_mesh, replicated
+from gcl_jax.sharding import (
+  batch_devices,
+  batch_share,
+  make_mesh,
+  put_batch,
+  replicated,
+  spans_processes,
+)
 
 if TYPE_CHECKING:
   from gcl_jax.models import Model
@@ -76,6 +84,10 @@ class Embedder:
     self.mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     self._sizes = _batch_sizes(max(batch_size, 1), batch_devices(self.mesh))
     self._threads = threads or min(16, os.cpu_count() or 1)
+    self._failures, self._shared = (
+      Largest("unreadable images"),
+      spans_processes(self.mesh),
+    )
     self._functions = _functions(model, processor.image, self.mesh)
     self._max_length = min(processor.tokenizer.max_length, model.config.text.context)
     self.params = _placed(params, self.mesh)
@@ -160,17 +172,35 @@ class Embedder:
   def _run(
     self, batch: _Batch, documents: list[_Document], pool: ThreadPoolExecutor
   ) -> jax.Array:
-    """Decodes, pads, sends and starts one batch; does not wait for it."""
-    inputs = []
+    """Decodes, pads, sends and starts one batch; does not wait for it.
+
+    A process decodes the rows of its own devices. Of an image that one of them cannot
+    read all of them hear, or the others would wait for it for ever.
+    """
+    size = next(size for size in self._sizes if size >= len(batch.rows))
+    mine = batch_share(self.mesh).rows(size)
+    inputs = {}
     if batch.kind != "text":
       decode = functools.partial(_pixels, self.processor.image, documents)
-      inputs.append(np.stack(list(pool.map(decode, batch.rows))))
+      rows = _padded(np.array(batch.rows), size)[mine]
+      inputs["pixels"] = self._together(lambda: list(pool.map(decode, rows)))
     if batch.tokens is not None:
-      inputs.append(batch.tokens)
-    size = next(size for size in self._sizes if size >= len(batch.rows))
-    padded = [_padded(rows, size) for rows in inputs]
-    sent = jax.device_put(padded, batch_sharding(self.mesh))
-    return self._functions[batch.kind](self.params, *sent)
+      inputs["tokens"] = _padded(batch.tokens, size)[mine]
+    sent = put_batch(self.mesh, inputs)
+    return self._functions[batch.kind](self.params, *sent.values())
+
+  def _together(self, decode: Callable[[], list[np.ndarray]]) -> np.ndarray:
+    """Decodes; raises on every process where it fails on one."""
+    failure, pixels = None, []
+    try:
+      pixels = decode()
+    except Exception as error:
+      failure = error
+    if self._shared and self._failures(int(failure is not None)) and failure is None:
+      failure = UserError("another process could not read an image of this batch.")
+    if failure is not None:
+      raise failure
+    return np.stack(pixels)
 
   def _bucket(self, length: int) -> int:
     fitting = [b for b in _LENGTHS if length <= b < self._max_length]

@@ -29,8 +29,8 @@ from gcl_jax.training.program import Moved, moved
 from gcl_jax.training.start import model_from_config
 from gcl_jax.training.state import make_step, places_of_state
 
-# Of a chip's memory, what the runtime keeps for itself.
-_RESERVED = 0.04
+# Of a chip's memory; the rest the runtime keeps for itself.
+USABLE = 0.96
 
 
 class Report(NamedTuple):
@@ -55,7 +55,7 @@ class Report(NamedTuple):
   @property
   def fits(self) -> bool:
     """Whether a chip's memory holds it."""
-    return self.arguments + self.temporaries <= self.chip.memory * (1 - _RESERVED)
+    return self.arguments + self.temporaries <= self.chip.memory * USABLE
 
   @property
   def seconds(self) -> dict[str, float]:
@@ -76,7 +76,11 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   Raises:
     UserError: no TPU compiler here, an unknown slice, or a config that cannot run on it.
   """
-  mesh = make_mesh(**config.mesh, devices=_devices(topology))
+  mesh = make_mesh(**config.mesh, devices=slice_devices(topology))
+  kind = mesh.devices.flat[0].device_kind
+  chip = chip_of(kind)
+  if chip is None:
+    raise UserError(f"--compile_only={topology}: {kind} is not in the table of chips.")
   parts = batch_devices(mesh)
   pieces = parts * config.microbatches * config.accumulate_steps
   if config.batch_size % pieces:
@@ -92,10 +96,6 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"it does not fit {topology}: {_reason(error)}") from error
   memory = compiled.memory_analysis()
-  kind = mesh.devices.flat[0].device_kind
-  chip = chip_of(kind)
-  if chip is None:
-    raise UserError(f"--compile_only={topology}: {kind} is not in the table of chips.")
   length = arguments[1]["tokens"].shape[-1]
   return Report(
     chips=mesh.size,
@@ -196,7 +196,17 @@ def render(report: Report) -> str:
   )
 
 
-def _devices(topology: str) -> list[jax.Device]:
+def chips_of(topology: str) -> int:
+  """How many chips a slice has."""
+  return len(slice_devices(topology))
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice, to compile for.
+
+  Raises:
+    UserError: no TPU compiler here, or no such slice.
+  """
   if (
     importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ
   ):

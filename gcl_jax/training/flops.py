@@ -59,7 +59,8 @@ def _count(jaxpr: Jaxpr) -> int:
       # The number of rounds of a `while` is not known here: it counts as one.
       times = params.get("length", 1) if name == "scan" else 1
       if name == "shard_map":
-        mesh, axes = params["mesh"], params["newly_manual_axes"]
+        mesh = params["mesh"]
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))  # by release
         times = math.prod(mesh.shape[axis] for axis in axes)
       total += times * sum(_count(inner) for inner in _inner(params))
   return total

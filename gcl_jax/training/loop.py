@@ -72,7 +72,7 @@ def run_loop(
     writer: where the numbers of a step go.
     watch: sees the same numbers.
     stop: asked after every step.
-    workdir: the run's folder, for profiler traces.
+    workdir: the run's folder of this machine, for profiler traces.
     records: size of the training source.
 
   Returns:
@@ -121,8 +121,9 @@ def run_loop(
         f"told to stop: step {step} is saved; the same command goes on from there"
       )
     if evaluated:
+      asked = time.monotonic()
       evaluate(state, step)
-      progress.reset()
+      progress.leave_out(time.monotonic() - asked)
     epoch = step * config.batch_size // records
     if last or epoch > (step - 1) * config.batch_size // records:
       guard.check(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
@@ -58,14 +59,18 @@ def moved(text: str) -> Moved:
       sizes[label] = _size(shape)
       kind = operation.removesuffix("-start")
       if operation == "while":
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
         body = re.search(r"body=%?([\w.\-]+)", rest)[1]
-        waiting.append((body, times * int(trips[1] if trips else 1)))
+        waiting.append((body, times * _rounds(rest, computations)))
       elif operation in ("conditional", "call"):
         waiting += [(called, times) for called in _called(rest)]
       elif kind in _COLLECTIVES:
         received[kind] += times * _received(kind, shape, operation)
         counts[kind] += times
+      elif operation == "fusion":  # TPUs fuse collectives with what they wait for
+        called = re.search(r"calls=%?([\w.\-]+)", rest)
+        for kind, size in _fused(computations.get(called[1], ())) if called else ():
+          received[kind] += times * size
+          counts[kind] += times
       if operation in _FREE or operation.endswith("-done"):
         continue
       operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
@@ -84,6 +89,34 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     elif line.startswith("  "):
       lines.append(line)
   return found, entry
+
+
+def _rounds(rest: str, computations: dict[str, list[str]]) -> int:
+  """How often a loop runs: as the compiler says, or the constant that it counts to.
+
+  Raises:
+    ValueError: neither is there.
+  """
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
+  text = "\n".join(computations[condition])
+  constants = dict(re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", text))
+  compared = re.search(r"compare\([^,]*, ?%?([\w.\-]+)\), direction=LT", text)
+  bounds = [constants.get(compared[1])] if compared else list(constants.values())
+  if len(bounds) != 1 or bounds[0] is None:
+    raise ValueError(f"how often does the loop with the condition {condition} run?")
+  return int(bounds[0])
+
+
+def _fused(lines: list[str]) -> Iterator[tuple[str, int]]:
+  """Kind and bytes of the collectives in a fusion."""
+  for line in lines:
+    found = _INSTRUCTION.match(line)
+    kind = found[3].removesuffix("-start") if found else ""
+    if kind in _COLLECTIVES:
+      yield kind, _received(kind, found[2], found[3])
 
 
 def _called(rest: str) -> list[str]:
@@ -108,12 +141,25 @@ def _size(shape: str, *, everywhere: bool = False) -> int:
   return total
 
 
+def _outer(shape: str) -> list[str]:
+  """The members of a tuple's shape, at its own level."""
+  members, depth, member = [], 0, ""
+  for letter in shape.strip()[1:-1]:
+    depth += letter in "([{"
+    depth -= letter in ")]}"
+    if letter == "," and not depth:
+      members.append(member)
+      member = ""
+    else:
+      member += letter
+  return [*members, member]
+
+
 def _received(kind: str, shape: str, operation: str) -> int:
   size = _size(shape, everywhere=True)
   if operation.endswith("-start") and kind != "all-reduce":
-    # (operand, result, ...): the larger is what arrives of a gather, the smaller of a
-    # scatter.
-    parts = [_size(part[0], everywhere=True) for part in re.finditer(_ARRAY, shape)]
-    size = min(parts) if kind == "reduce-scatter" else max(parts)
+    # (operands, results, contexts): what arrives is the second of them.
+    parts = _outer(shape)
+    size = _size(parts[1] if len(parts) > 1 else shape, everywhere=True)
   # A ring reduces and then gathers: what is reduced comes twice.
   return 2 * size if kind == "all-reduce" else size

@@ -22,15 +22,17 @@ from gcl_jax.checkpoints import (
   is_run,
   read_description,
   read_results,
+  run_folder,
   write_description,
   write_result,
 )
-from gcl_jax.checkpoints.folder import check_free
-from gcl_jax.checkpoints.manager import saved_steps
+from gcl_jax.checkpoints.folder import check_free, keeping
 from gcl_jax.checkpoints.weights import weights_in_use
+from gcl_jax.checkpoints.whole import saved_steps
 from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import Preempted, UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
+from gcl_jax.paths import AnyPath, local_copy, local_draft
 from gcl_jax.processes import Largest, Stop, barrier, is_first
 from gcl_jax.processing import Processor
 from gcl_jax.sharding import batch_devices, batch_share, make_mesh
@@ -48,6 +50,7 @@ from gcl_jax.training.optimizer import (
   make_optimizer,
 )
 from gcl_jax.training.resume import changed_fields, check_resumable
+from gcl_jax.training.spool import Spool
 from gcl_jax.training.start import make_start
 from gcl_jax.training.state import (
   count_parameters,
@@ -88,7 +91,7 @@ def train(
 
   Args:
     config: of `default_config`, with a recipe's changes.
-    workdir: the run's folder; made where there is none.
+    workdir: the run's folder, of this machine or `gs://`; made where there is none.
     evaluate: called at the start and at evaluated steps; what it returns is kept in
       the folder.
     score: picks from a result the number of which the best checkpoint is kept.
@@ -102,7 +105,7 @@ def train(
     UserError: anything in the config, the data or the folder that the user can mend;
       before anything compiles, save for a loss that stops being finite.
   """
-  workdir = Path(workdir)
+  workdir = run_folder(workdir)
   check_free(workdir)
   check_loss(config)
   check_numbers(config)
@@ -130,21 +133,24 @@ def train(
   batches = _pipeline(config, source, parts.processor, mesh)
   _describe(config, parts, total_steps, source, mesh, workdir)
   barrier("the folder is a run's")
+  spool = Spool(workdir, fetch=("metrics.jsonl",))
   checkpoints = Checkpoints(
     workdir,
+    beside=spool.sync,
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
     scores=lambda: {step: score(result) for step, result in results.items()},
   )
   latest = checkpoints.latest()
-  writer = MetricWriter(workdir, config, latest or 0)
+  writer = MetricWriter(spool.folder, config, latest or 0, run=_name_of(workdir))
   with contextlib.ExitStack() as closing:
-    for part in (checkpoints, writer, batches):  # closed in the other order
+    for part in (checkpoints, spool, writer, batches):  # closed in the other order
       closing.callback(part.close)
     stop = closing.enter_context(Stop())
     state = init_state(parts.params, parts.optimizer, mesh)
     if config.ema_decay:
       state = begin_average(state, parts.frozen)
+    checkpoints.check_room(state)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     if latest is not None:
       state, batches.position = checkpoints.restore(latest, state)
@@ -167,6 +173,7 @@ def train(
       results[step] = result
       numbers = summarize(result).items()
       writer.write(step, {f"eval/{name}": value for name, value in numbers})
+      spool.sync()
       if is_first():
         line = f"\nstep {step}: {config.eval.best} {score(result):.2f}"
         print(line, file=sys.stderr, flush=True)
@@ -203,7 +210,7 @@ def train(
       writer=writer,
       watch=_weight_watch(config),
       stop=stop,
-      workdir=workdir,
+      workdir=spool.folder,
       records=len(source),
     )
   return Outcome(True, total_steps, results)
@@ -228,7 +235,7 @@ def _assemble(
   mesh: Mesh,
   total_steps: int,
   trained: bool,
-  workdir: Path,
+  workdir: AnyPath,
 ) -> _Parts:
   """Everything that can be refused first, the parameters (which compile) last."""
   features = _separation_features(config, len(source))
@@ -242,7 +249,8 @@ def _assemble(
   places_of_state(shapes, optimizer, mesh)  # and what cannot be split so
   params = cap_logit_scale(first_params(), config.temperature)
   if _needs_initial(config) and not trained and is_first():
-    write_pretrained(workdir / _INITIAL, model.config, params)
+    with keeping(workdir / _INITIAL), local_draft(workdir / _INITIAL) as here:
+      write_pretrained(here, model.config, params)
   params = adapted(params, shapes, config.seed)
   return _Parts(model, params, processor, optimizer, frozen, objective, features)
 
@@ -250,7 +258,6 @@ def _assemble(
 def _pipeline(
   config: ConfigDict, source: Source, processor: Processor, mesh: Mesh
 ) -> Pipeline:
-  part, parts = batch_share(mesh)
   return Pipeline(
     source,
     processor,
@@ -259,8 +266,7 @@ def _pipeline(
     augment=config.data.augment,
     crop_scale=tuple(config.data.crop_scale),
     buckets=tuple(config.data.text_buckets),
-    process_index=part,
-    process_count=parts,
+    share=batch_share(mesh),
     cuts=config.accumulate_steps,
     agree=Largest("longest text"),
     threads=config.data.threads,
@@ -290,14 +296,19 @@ def _needs_initial(config: ConfigDict) -> bool:
 
 
 def _constants(
-  config: ConfigDict, params: Any, mesh: Mesh, workdir: Path
+  config: ConfigDict, params: Any, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
   if not _needs_initial(config):
     return {}
   # From the run's folder: what it once started from may have moved.
-  _, _, initial = read_pretrained(workdir / _INITIAL)
+  with local_copy(workdir / _INITIAL) as here:
+    _, _, initial = read_pretrained(here)
   extra = {"fusion": params["fusion"]} if "fusion" in params else {}
   return {"initial_params": place_parameters({**initial, **extra}, mesh)}
+
+
+def _name_of(workdir: AnyPath) -> str:
+  return str(workdir.absolute() if isinstance(workdir, Path) else workdir)
 
 
 _INITIAL = "initial"
@@ -399,7 +410,7 @@ def _describe(
   total_steps: int,
   source: Source,
   mesh: Mesh,
-  workdir: Path,
+  workdir: AnyPath,
 ) -> None:
   """Writes what the run is into its folder and onto the screen."""
   description = RunDescription(

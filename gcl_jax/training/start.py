@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -123,7 +122,7 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
       f"config.init.pretrained={name!r} has a shape of its own: leave the name empty, "
       'or set --config.init.pretrained="".'
     )
-  if os.path.isdir(name) and is_run(name):
+  if is_run(name):
     model, params, processor, _ = read_run(name)
     shape, its_fusion = model.config, model.fusion
   else:

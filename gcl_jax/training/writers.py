@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,54 +14,95 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from gcl_jax.checkpoints.folder import keeping
+from gcl_jax.paths import write_whole
+
 
 class MetricWriter:
   """Writes scalars of a step to every place that the config asks for.
 
   The file of JSON lines is cut back to the step from which a run goes on, so that a
-  step never stands in it twice. Of several processes the first writes.
+  step never stands in it twice. Of several processes the first writes. Every method
+  raises UserError where the disk is full or refuses.
   """
 
-  def __init__(self, workdir: str | os.PathLike, config: ConfigDict, start_step: int):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    config: ConfigDict,
+    start_step: int,
+    *,
+    run: str = "",
+  ):
     """Args:
-    workdir: the run's folder.
+    folder: the run's, or its `Spool`'s: of this machine.
     config: the run's.
     start_step: the step that was restored, 0 for a new run.
+    run: what Weights & Biases knows the run by: its folder, as it was named.
     """
     self._lines = self._board = self._wandb = None
     if jax.process_index():
       return
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    _keep_lines_up_to(path, start_step)
-    self._lines = path.open("a", buffering=1)
-    if config.log.tensorboard:
-      from tensorboardX import SummaryWriter
-
-      purge = start_step + 1 if start_step else None
-      self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    folder = Path(folder)
+    self._path = folder / "metrics.jsonl"
+    with keeping(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      _keep_lines_up_to(self._path, start_step)
+      self._lines = self._path.open("a", buffering=1)
+      if config.log.tensorboard:
+        self._board = _Board(folder / "tensorboard", start_step)
     if config.log.wandb:
-      self._wandb = _start_wandb(config, folder)
+      self._wandb = _start_wandb(config, folder, run)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line of scalars; names with slashes group on the boards."""
     if self._lines:
-      self._lines.write(json.dumps({"step": step, **values}) + "\n")
+      with keeping(self._path):
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
     if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      with keeping(self._path.with_name("tensorboard")):
+        self._board.write(step, values)
     if self._wandb:
       self._wandb.log(dict(values), step=step)
 
   def close(self) -> None:
     """Flushes and closes every place."""
-    if self._lines:
-      self._lines.close()
-    if self._board:
-      self._board.close()
+    with keeping(self._path) if self._lines else contextlib.nullcontext():
+      for place in filter(None, (self._lines, self._board)):
+        place.close()
     if self._wandb:
       self._wandb.finish()
+
+
+class _Board:
+  """TensorBoard's file of scalars, each step on disk when `write` returns.
+
+  TensorboardX's own writer has a thread behind a short queue: it dies of a full disk,
+  and the run then waits for ever to put into the queue.
+  """
+
+  def __init__(self, folder: Path, start_step: int):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event, self._file = Event, EventsWriter(str(folder / "events"))
+    if start_step:  # the board forgets what an earlier file says of later steps
+      self._put(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+    self._file.flush()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+    self._put(step, summary=Summary(value=scalars))
+    self._file.flush()
+
+  def _put(self, step: int, **what) -> None:
+    self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
@@ -73,12 +115,10 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
         kept.append(line + "\n")
     except (ValueError, KeyError):
       continue  # a line that a kill cut short
-  part = path.with_name(path.name + ".part")
-  part.write_text("".join(kept))
-  os.replace(part, path)
+  write_whole(path, "".join(kept))
 
 
-def _start_wandb(config: ConfigDict, folder: Path):
+def _start_wandb(config: ConfigDict, folder: Path, run: str):
   import wandb  # `check_numbers` has seen that it is installed
 
   return wandb.init(
@@ -86,7 +126,7 @@ def _start_wandb(config: ConfigDict, folder: Path):
     name=config.name,
     dir=str(folder),
     # The same folder is the same run on the board when it is resumed.
-    id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
+    id=hashlib.sha256((run or str(folder.absolute())).encode()).hexdigest()[:16],
     resume="allow",
     config=json.loads(config.to_json_best_effort()),
   )
@@ -119,10 +159,6 @@ class ProgressLine:
   def leave_out(self, seconds: float) -> None:
     """Takes time off the clock that was not training."""
     self._last_time += seconds
-
-  def reset(self) -> None:
-    """Restarts the clock, after time that was not training."""
-    self._last_time = time.monotonic()
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
     """Prints the line for a step, on the first process."""

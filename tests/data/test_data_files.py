@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.data import BadRecord, Pipeline, open_source
-from gcl_jax.data.files import RemotePath, as_path, is_remote, size_of, stamp
+from gcl_jax.paths import RemotePath, as_path, is_remote, size_of, stamp
 from gcl_jax.data.random_access import RandomFile
 from gcl_jax.errors import UserError
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.data import BadRecord, DataSettings, Pipeline, open_source, pack_records
-from gcl_jax.data.files import as_path
+from gcl_jax.paths import as_path
 from gcl_jax.data.pack import _range
 from gcl_jax.data.pack_records import Packing, pack_picture, shorter_side
 from gcl_jax.data.packed_format import decode_index, decode_record, encode_record

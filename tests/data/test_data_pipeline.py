@@ -12,6 +12,7 @@ from PIL import Image
 from gcl_jax.data import BadRecord, Pipeline
 from gcl_jax.data.pair_ids import hash31
 from gcl_jax.errors import UserError
+from gcl_jax.sharding import Share
 
 RECORDS, VIEWS, TEXTS = 23, 3, 4
 
@@ -48,6 +49,9 @@ def make(processor):
 
   def make(source=None, **options):
     options = {"batch_size": 8, "seed": 3, "threads": 2, "prefetch": 3} | options
+    if "process_count" in options:
+      mine = (options.pop("process_index", 0),)
+      options["share"] = Share(mine, options.pop("process_count"))
     pipeline = Pipeline(source or Listed(), processor, **options)
     opened.append(pipeline)
     return pipeline
@@ -161,6 +165,15 @@ def test_of_a_batch_that_is_cut_every_process_has_a_share_of_each_piece(make):
     batch = next(pipeline)
     np.testing.assert_array_equal(batch["index"], whole["index"][rows])
     np.testing.assert_array_equal(batch["pixels"], whole["pixels"][rows])
+
+
+def test_a_share_may_be_scattered(make):
+  """As a host's chips are, in a mesh that follows a torus."""
+  whole = next(make(buckets=(20,)))
+  for held, rows in (((0, 2), [0, 1, 4, 5]), ((1, 3), [2, 3, 6, 7])):
+    pipeline = make(share=Share(held, 4), buckets=(20,))
+    assert pipeline.rows_of_batch.tolist() == rows
+    np.testing.assert_array_equal(next(pipeline)["index"], whole["index"][rows])
 
 
 def test_another_number_of_processes_goes_on_from_the_same_position(make):
@@ -357,7 +370,7 @@ def test_iterating_again_and_closing(make):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"batch_size": 6, "process_count": 4}, "4 processes; 8 can"),
+    ({"batch_size": 6, "process_count": 4}, "4 equal parts; 8 can"),
     ({"batch_size": 0}, "cannot be shared"),
     ({"batch_size": 24}, "more than the 23 records"),
     ({"augment": "flipp"}, 'did you mean "flip"'),

@@ -10,7 +10,7 @@ import pytest
 from loss_oracle import error
 
 from gcl_jax.fusion import Mix
-from gcl_jax.losses import contrastive_loss, engine, gcl_loss, kernels
+from gcl_jax.losses import contrastive_loss, gcl_loss, kernels
 from gcl_jax.sharding import BATCH_AXES, make_mesh
 
 WIDTH = 16
@@ -109,7 +109,7 @@ def test_they_lower_for_a_gpu(kind, monkeypatch):
   def compiled(*arguments):
     return dataclasses.replace(made(*arguments), interpret=False)
 
-  monkeypatch.setattr(engine.kernels, "kernel_tile", compiled)
+  monkeypatch.setattr(kernels, "kernel_tile", compiled)
   bank = jax.ShapeDtypeStruct((512, 768), jnp.bfloat16)
   weight = jax.ShapeDtypeStruct((512,), jnp.float32)
 

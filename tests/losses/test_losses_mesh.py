@@ -201,11 +201,12 @@ def test_two_processes_of_two_devices_agree_with_the_float64_oracle(tmp_path):
     port = str(free.getsockname()[1])
   script = Path(__file__).with_name("process_of_two.py")
   root = str(script.parents[2])
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
   processes = [
     subprocess.Popen(
       [sys.executable, str(script), port, str(number), str(tmp_path)],
       env={**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-      | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+      | {"XLA_FLAGS": flags},
       stderr=subprocess.PIPE,
       text=True,
     )

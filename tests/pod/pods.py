@@ -37,6 +37,8 @@ class Pod:
 
   def start(self, processes: int, devices: int, *flags: str, **environment: str):
     """The launcher, started; its output is piped."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    flags_here = [flag for flag in given if "device_count" not in flag]
     return subprocess.Popen(
       [
         ROOT / "launch" / "local_pod.sh",
@@ -52,7 +54,7 @@ class Pod:
         "PATH": f"{self._bin}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "DEVICES_PER_PROCESS": str(devices),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": " ".join(flags_here),  # but for the number of devices
         **environment,
       },
       stdout=subprocess.PIPE,

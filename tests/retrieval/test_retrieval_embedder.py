@@ -16,6 +16,7 @@ from gcl_jax.fusion import FusionSettings, score_fusion
 from gcl_jax.processing import ImageProcessor, Tokenizer, default_clip_processor
 from gcl_jax.retrieval import embedder as embedder_module
 from gcl_jax.retrieval.embedder import Embedder
+from gcl_jax.sharding import Share
 
 TEXTS = ["a red circle", "", "blue", "two large green triangles above a red square"]
 SETTINGS = FusionSettings(image_weight=2.0, text_weight=0.5)
@@ -154,18 +155,42 @@ def test_texts_are_cut_to_the_longest_of_their_batch(known, tokenizer):
 
 def test_a_batch_is_split_over_all_devices(known, monkeypatch):
   sent = []
-  original = jax.device_put
+  original = embedder_module.put_batch
 
-  def spy(value, target, **kwargs):
-    result = original(value, target, **kwargs)
-    sent.append(result)
-    return result
+  def spy(mesh, batch):
+    sent.append(original(mesh, batch))
+    return sent[-1]
 
-  monkeypatch.setattr(jax, "device_put", spy)
+  monkeypatch.setattr(embedder_module, "put_batch", spy)
   known.embed(texts=TEXTS * 4)  # 16 of them, of at most 32 tokens
-  (tokens,) = sent[-1]
+  tokens = sent[-1]["tokens"]
   assert len(tokens.sharding.device_set) == len(jax.devices()) == 8
   assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 32)}
+
+
+def test_a_process_reads_the_images_of_its_own_rows(known, monkeypatch):
+  """As the second of two: its half of a padded batch, and word of the other's failure."""
+  read, told = [], []
+
+  def put_half(mesh, batch):
+    rows = {name: np.concatenate([x, x]) for name, x in batch.items()}
+    return original(mesh, rows)
+
+  original, decode = embedder_module.put_batch, embedder_module._pixels
+  monkeypatch.setattr(embedder_module, "batch_share", lambda mesh: Share((1,), 2))
+  monkeypatch.setattr(embedder_module, "put_batch", put_half)
+  monkeypatch.setattr(
+    embedder_module,
+    "_pixels",
+    lambda *parts: read.append(int(parts[-1])) or decode(*parts),
+  )
+  known._shared, known._failures = True, lambda failed: told.append(failed) or failed
+  known.embed([picture("red")] * 16)
+  assert sorted(read) == list(range(8, 16))
+  assert told == [0]
+  known._failures = lambda failed: 1
+  with pytest.raises(UserError, match="another process could not read"):
+    known.embed([picture("red")] * 16)
 
 
 def test_other_weights_share_what_is_compiled(known, tokenizer):

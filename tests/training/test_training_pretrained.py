@@ -1,4 +1,4 @@
-"""Real photographs through a pretrained folder in TinyCLIP's shape, to PyTorch and on."""
+"""Real photographs through a pretrained folder of TinyCLIP's widths, to PyTorch and on."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_hub_folder(folder, tokenizer_files):
-  """What a user downloads: random weights in the shape of TinyCLIP-ViT-8M-16."""
+  """What a user downloads: random weights, TinyCLIP-ViT-8M-16 but for its depth."""
   import torch
   import transformers
 
@@ -20,6 +20,8 @@ def write_hub_folder(folder, tokenizer_files):
 
   torch.manual_seed(0)
   fields = named_config("TinyCLIP-ViT-8M-16-Text-3M").to_hf()
+  for tower in ("vision_config", "text_config"):
+    fields[tower]["num_hidden_layers"] = 2
   model = transformers.CLIPModel(transformers.CLIPConfig(**fields))
   with torch.no_grad():
     for name, value in model.named_parameters():
@@ -69,11 +71,13 @@ def trained(real_data, tmp_path_factory):
     **{
       "init.pretrained": str(root / "hub"),
       "data.path": str(real_data / "flickr8k"),
-      "batch_size": 16,
+      "batch_size": 8,
       "steps": 2,
       "eval.max_items": 8,
+      "eval.before": False,
       "eval.batch_size": 16,
       "log.every": 1,
+      "log.tensorboard": False,
       "optimizer.learning_rate": 1e-3,
       "optimizer.multipliers": (("text.*", 0.0),),
     },

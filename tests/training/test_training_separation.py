@@ -16,6 +16,8 @@ def recipe(features, steps):
   config = namespace["get_config"]("contrastive")
   config.update_from_flattened_dict(
     {
+      "model.hf.vision_config.num_hidden_layers": 1,
+      "model.hf.text_config.num_hidden_layers": 1,
       "batch_size": 32,
       "steps": steps,
       "optimizer.warmup_steps": 0,
@@ -23,6 +25,7 @@ def recipe(features, steps):
       "eval.max_items": 16,
       "eval.before": False,
       "log.every": 1,
+      "log.tensorboard": False,
       "loss.intra_modal_separation": 0.5,
       "loss.separation_features": features,
     }

@@ -1,13 +1,17 @@
 """Paths of this machine and of object stores (`gs://`, `s3://`, ...), alike.
 
 A local path is a `pathlib.Path`, and costs what it always did. Anything with `://` is a
-`RemotePath` over fsspec, with the few methods of `Path` that sources use.
+`RemotePath` over fsspec, with the few methods of `Path` that sources and runs use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import os
 import posixpath
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +20,13 @@ from gcl_jax.errors import UserError
 
 _URL = re.compile(r"^([a-z][a-z0-9+.]*)://")
 _BLOCK = 8 << 20  # bytes read ahead where a remote file is read from its start
-_LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+_LIBRARIES = {
+  "gs": "gcsfs",
+  "gcs": "gcsfs",
+  "s3": "s3fs",
+  "az": "adlfs",
+  "abfs": "adlfs",
+}
 
 
 def is_remote(path: Any) -> bool:
@@ -49,6 +59,57 @@ def stamp(path: AnyPath) -> list:
 def size_of(path: AnyPath) -> int:
   """Bytes."""
   return path.size() if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def write_whole(path: AnyPath, text: str) -> None:
+  """Writes a file whole or not at all. OSError as `open`.
+
+  Of a local file a copy is written and renamed; what is put into a store is there when
+  all of it is.
+  """
+  if isinstance(path, RemotePath):
+    path.write_bytes(text.encode())
+    return
+  part = path.with_name(path.name + ".part")
+  try:
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)  # it would hold room that is wanted
+    raise
+
+
+@contextlib.contextmanager
+def local_copy(folder: AnyPath) -> Iterator[Path]:
+  """A folder to read from: itself, or of a remote one a copy that goes at the end.
+
+  OSError as `open`; UserError where a store cannot be reached.
+  """
+  if not isinstance(folder, RemotePath):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix="gcl_jax_") as here:
+    for file in folder.walk():
+      target = Path(here, str(file)[len(str(folder)) + 1 :])
+      target.parent.mkdir(parents=True, exist_ok=True)
+      file.fetch(target)
+    yield Path(here)
+
+
+@contextlib.contextmanager
+def local_draft(folder: AnyPath) -> Iterator[Path]:
+  """A folder to write into: itself, or one that is copied to the remote one at the end.
+
+  OSError as `open`.
+  """
+  if not isinstance(folder, RemotePath):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix="gcl_jax_") as here:
+    yield Path(here)
+    for file in sorted(p for p in Path(here).rglob("*") if p.is_file()):
+      (folder / file.relative_to(here).as_posix()).put(file)
 
 
 class RemotePath:
@@ -126,6 +187,9 @@ class RemotePath:
   def is_dir(self) -> bool:
     return self._ask(self._fs.isdir)
 
+  def mkdir(self, **_) -> None:
+    """Nothing: a store has no folders, only names of files."""
+
   def exists(self) -> bool:
     return self._ask(self._fs.exists)
 
@@ -136,6 +200,11 @@ class RemotePath:
       path = self._full(name)
       if path != self:  # some stores list a placeholder of the folder itself
         yield path
+
+  def glob(self, pattern: str) -> list[RemotePath]:
+    """What lies in this folder under a name like the pattern; sorted."""
+    inside = self.iterdir() if self.is_dir() else ()
+    return sorted(path for path in inside if fnmatch.fnmatch(path.name, pattern))
 
   def walk(self) -> list[RemotePath]:
     """All files below, sorted."""
@@ -166,6 +235,10 @@ class RemotePath:
 
   def read_text(self) -> str:
     return self.read_bytes().decode()
+
+  def write_bytes(self, raw: bytes) -> None:
+    """Puts a file here. It appears whole or not at all."""
+    self._read(lambda: self._fs.pipe_file(self._url, raw))
 
   def read_range(self, offset: int, length: int) -> bytes:
     """The bytes there, in one request; fewer at the file's end."""
