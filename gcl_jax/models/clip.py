@@ -25,10 +25,13 @@ from gcl_jax.models.initial import initial_params
 from gcl_jax.sharding import gathered, rows_apart
 
 _policies = jax.checkpoint_policies
-# What the backward pass of a block may keep. "dots" keeps the products with weights and
-# recomputes the rest (attention, activations); "full" keeps the block's input alone.
+# What the backward pass of a block may keep. "pointwise" keeps every product and computes
+# norms, activations and the softmax again, which costs less than to write them to memory
+# and to read them; "dots" keeps the products with weights and recomputes the rest
+# (attention, activations); "full" keeps the block's input alone.
 REMAT = {
   "none": None,
+  "pointwise": _policies.dots_saveable,
   "full": _policies.nothing_saveable,
   "dots": _policies.dots_with_no_batch_dims_saveable,
 }
@@ -40,6 +43,15 @@ def _activate(x: Array, name: str) -> Array:
   if name == "quick_gelu":
     return x * jax.nn.sigmoid(1.702 * x)
   return jax.nn.gelu(x, approximate=name != "gelu")
+
+
+def _rows(x: Array) -> Array:
+  """(B, L, width) -> (B L, width).
+
+  So a kernel's gradient is a product of two matrices as they lie in memory. With more
+  axes XLA's CPU backend transposes what comes from above first.
+  """
+  return x.reshape(-1, x.shape[-1])
 
 
 def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, bias=True):
@@ -71,6 +83,7 @@ class Attention(nnx.Module):
   def __call__(self, x: Array) -> Array:
     """(B, L, width) -> the same."""
     batch, length, width = x.shape
+    x = _rows(x)
 
     def heads(projected: Array) -> Array:
       # (B, heads, L, head): with both batch axes first the CPU's products are a third
@@ -85,7 +98,8 @@ class Attention(nnx.Module):
       logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-    return self.out(mixed.transpose(0, 2, 1, 3).reshape(batch, length, width))
+    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape)
+    return self.out(mixed).reshape(batch, length, width)
 
 
 class MLP(nnx.Module):
@@ -98,7 +112,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     """(B, L, width) -> the same."""
-    return self.fc2(_activate(self.fc1(x), self.act))
+    return self.fc2(_activate(self.fc1(_rows(x)), self.act)).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -340,13 +354,13 @@ class Model:
     return nnx.merge(self.graphdef, nnx.State(params))
 
 
-@functools.cache
 def _of_towers(remat: str) -> tuple[str, ...]:
   """The policies of the image tower and of the text tower."""
   names = tuple(remat.split(","))
   return names * 2 if len(names) == 1 else names
 
 
+@functools.cache
 def _abstract(config, fusion, dtype: str, remat: str) -> tuple[Any, Any]:
   def make() -> CLIP:
     rngs = nnx.Rngs(params=jax.random.key(0))
@@ -371,9 +385,10 @@ def build(
     dtype: what the towers compute in: "float32", "bfloat16" or "float16". Parameters
       and embeddings are float32 in any case. JAX rounds the inputs of float32 products
       on TPUs and GPUs unless told otherwise (`jax.default_matmul_precision`).
-    remat: what the backward pass may keep of a block: "none" (everything), "dots"
-      (products with weights) or "full" (the block's input alone); or two of them with
-      a comma between, "full,none": the image tower's and the text tower's.
+    remat: what the backward pass may keep of a block: "none" (everything), "pointwise"
+      (all products), "dots" (products with weights) or "full" (the block's input alone);
+      or two of them with a comma between, "full,none": the image tower's and the text
+      tower's.
 
   Raises:
     UserError: an unknown dtype or remat.

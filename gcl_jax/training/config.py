@@ -42,9 +42,10 @@ def default_config() -> ConfigDict:
   )  # fields of a Hugging Face CLIP config, over the name's
   config.model.image_size = 0  # pixels a side, over the name's; 0: the shape's own
   config.model.dtype = "float32"  # compute: float32 or bfloat16 (parameters: float32)
-  # What the backward pass computes again: none, dots or full; two with a comma between
+  # What the backward pass computes again: none, pointwise (norms, activations, softmax:
+  # half the memory, and faster), dots (attention too) or full; two with a comma between
   # are the image tower's and the text tower's.
-  config.model.remat = "none"
+  config.model.remat = "pointwise"
   # Of every picture's patches, at random, while training: less work a step, and a little
   # less accuracy. Evaluation sees them all. 0: none.
   config.model.patch_dropout = 0.0

@@ -1,0 +1,182 @@
+"""The two sides of benchmarks/step.py: our training step, and PyTorch's of the same.
+
+Both train the same weights on the same pairs with the same loss and AdamW, so that the
+comparison is of nothing but how they compute it; `agreement` measures that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+import transformers
+from ml_collections import ConfigDict
+from torch.nn.functional import normalize
+
+from gcl_jax.models import Model
+from gcl_jax.models.convert import from_hf, to_hf
+from gcl_jax.processing import ImageProcessor
+from gcl_jax.sharding import make_mesh, put_batch
+from gcl_jax.training.compiled import CompiledStep
+from gcl_jax.training.objective import make_objective
+from gcl_jax.training.optimizer import frozen_mask, make_optimizer
+from gcl_jax.training.state import init_state, make_step
+
+_STEPS = 1_000_000  # of the schedule: the learning rate stays at its peak
+_BANKS = 3  # image, text, fused
+
+
+class Ours:
+  """The step as `gcl_jax.training.run` builds it from a config."""
+
+  def __init__(
+    self, config: ConfigDict, model: Model, images: ImageProcessor, params: Any
+  ):
+    mesh, shapes = make_mesh(**config.mesh), model.abstract()
+    optimizer = make_optimizer(config.optimizer, config.temperature, shapes, _STEPS)
+    self._state = init_state(params, optimizer, mesh)
+    self._step = CompiledStep(
+      make_step(
+        make_objective(model, images, config, mesh),
+        optimizer,
+        frozen_mask(config.optimizer, config.temperature, shapes),
+        config.temperature,
+        jax.tree.map(lambda leaf: leaf.sharding, self._state),
+      ),
+      lambda *_: None,
+    )
+    self._mesh = mesh
+
+  @property
+  def compile_seconds(self) -> float:
+    """Spent on all shapes of a batch so far."""
+    return self._step.compile_seconds
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> Any:
+    """A batch of the pipeline, on the devices."""
+    return put_batch(self._mesh, batch)
+
+  def step(self, placed: Any) -> float:
+    """One optimizer step; the loss before it."""
+    self._state, metrics = self._step(self._state, placed, {})
+    jax.block_until_ready(self._state)
+    return float(metrics["loss"])
+
+  def params(self) -> Any:
+    """A copy of the parameters, NumPy."""
+    return jax.tree.map(lambda leaf: np.array(leaf), self._state["params"])
+
+
+class PyTorch:
+  """`transformers.CLIPModel` and the loss as a reader of the paper would write it."""
+
+  def __init__(
+    self, config: ConfigDict, model: Model, images: ImageProcessor, params: Any
+  ):
+    self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    self._model = transformers.CLIPModel(
+      transformers.CLIPConfig.from_dict(model.config.to_hf())
+    )
+    tensors = to_hf(params, model.config)
+    self._model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
+    self._model.to(self._device).train()
+    self._images, self._config = images, model.config
+    self._autocast = torch.autocast(
+      self._device, torch.bfloat16, enabled=config.model.dtype == "bfloat16"
+    )
+    self._top = math.log(config.temperature.max_logit_scale)
+    self._clip_norm = config.optimizer.clip_norm
+    self._weights = list(self._model.parameters())
+    rule = config.optimizer
+    self._optimizer = torch.optim.AdamW(
+      [
+        {
+          "params": [w for w in self._weights if w.ndim > 1],
+          "weight_decay": rule.weight_decay,
+        },
+        {"params": [w for w in self._weights if w.ndim < 2], "weight_decay": 0.0},
+      ],
+      lr=rule.learning_rate,
+      betas=(rule.b1, rule.b2),
+      eps=rule.eps,
+      fused=True,  # on CPUs too, several times as fast as its default
+    )
+    on_gpu = self._device == "cuda"
+    self._embed = torch.compile(self._towers) if on_gpu else self._towers
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> Any:
+    """What `CLIPProcessor` gives: normalised pixels, channels first, and ids."""
+    pixels = self._images.normalize(batch["pixels"]).transpose(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    tokens = torch.from_numpy(batch["tokens"].astype(np.int64))
+    return pixels.to(self._device), tokens.to(self._device)
+
+  def step(self, placed: Any) -> float:
+    """One optimizer step; the loss before it."""
+    self._optimizer.zero_grad()
+    with self._autocast:
+      image, text = self._embed(*placed)
+    loss = gcl_loss(image.float(), text.float(), self._model.logit_scale.exp())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
+    self._optimizer.step()
+    with torch.no_grad():
+      self._model.logit_scale.clamp_(0, self._top)
+    return loss.item()
+
+  def params(self) -> Any:
+    """A copy of the parameters in our tree, NumPy."""
+    tensors = {k: v.cpu().numpy() for k, v in self._model.state_dict().items()}
+    return from_hf(tensors, self._config, "the PyTorch side")
+
+  def _towers(self, pixels, tokens):
+    image = self._model.vision_model(pixels).pooler_output
+    text = self._model.text_model(tokens).pooler_output
+    return self._model.visual_projection(image), self._model.text_projection(text)
+
+
+def gcl_loss(
+  image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+  """Raw embeddings (N, D) -> the loss, by one (3N, 3N) matrix of similarities."""
+  count = len(image)
+  fused = normalize(image + text, dim=-1)
+  rows = torch.cat([normalize(image, dim=-1), normalize(text, dim=-1), fused])
+  logits = scale * rows @ rows.T
+  at = torch.arange(len(rows), device=rows.device)
+  logits = logits.masked_fill(at[:, None] == at, -torch.inf)
+  same = sum(logits[at, (at + k * count) % len(rows)] for k in range(1, _BANKS))
+  return (logits.logsumexp(dim=1) - same / (_BANKS - 1)).mean()
+
+
+class Agreement(NamedTuple):
+  """How far two sides are apart, as parts of the second's.
+
+  loss: of the loss before the step. movement: of what the step changed in the
+  parameters, by the Euclidean norm over all of them.
+  """
+
+  loss: float
+  movement: float
+
+
+def agreement(
+  ours: Ours, theirs: PyTorch, batch: Mapping[str, np.ndarray]
+) -> Agreement:
+  """Takes one step on either side, from the same parameters, and compares."""
+  before = ours.params()
+  losses = [side.step(side.place(batch)) for side in (ours, theirs)]
+  moved = [
+    [after - start for after, start in zip(*map(jax.tree.leaves, pair), strict=True)]
+    for pair in ((ours.params(), before), (theirs.params(), before))
+  ]
+  apart = _norm([a - b for a, b in zip(*moved, strict=True)])
+  return Agreement(abs(losses[0] / losses[1] - 1), apart / _norm(moved[1]))
+
+
+def _norm(leaves: list[np.ndarray]) -> float:
+  return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
