@@ -173,6 +173,7 @@ MAY_CHANGE = (
   "steps",
   "epochs",
   "microbatches",
+  "model.remat",
   "data.path",
   "data.cache_dir",
   "data.threads",
