@@ -61,7 +61,7 @@ def begun(folder):
 
 
 @pytest.mark.parametrize("found_at", ["wait", "next save", "close"])
-def test_no_room_for_a_step(tmp_path, found_at, capfd):
+def test_no_room_for_a_step(tmp_path, found_at, caplog):
   checkpoints = begun(tmp_path)
   with longest_file(100_000), pytest.raises(UserError) as error:
     checkpoints.save(2, state(2), position=2)
@@ -76,7 +76,7 @@ def test_no_room_for_a_step(tmp_path, found_at, capfd):
   assert "Step 1, the last good checkpoint, is whole" in str(error.value)
   assert "same command goes on from there" in str(error.value)
   checkpoints.close()  # as a run does when it ends so
-  assert "Error" not in capfd.readouterr().err  # Orbax tells it from every thread
+  assert not [r for r in caplog.records if r.exc_info]  # Orbax tells it many times
   assert saved_steps(tmp_path) == [1]
   again = Checkpoints(tmp_path)
   restored, position = again.restore(again.latest(), state(0))
@@ -252,7 +252,7 @@ def test_a_step_that_lacks_a_file_is_put_aside(tmp_path, capsys):
   assert names == ["1", "2", "2.damaged"]
 
 
-def test_only_what_is_raised_anyway_is_kept_off_the_screen(capfd, monkeypatch):
+def test_only_what_is_raised_anyway_is_kept_off_the_screen(monkeypatch):
   told = []
   monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_value))
   monkeypatch.setattr(quiet, "_before", None)
