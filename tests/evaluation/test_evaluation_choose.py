@@ -1,10 +1,13 @@
 """Numbers by name, steps by name."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from evaluation_fakes import records, segregated
 
+from gcl_jax.checkpoints import Checkpoints
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation import (
   best_metric,
@@ -74,9 +77,11 @@ WRITTEN = "40.orbax-checkpoint-tmp-7"  # a live run is writing it
 def run(tmp_path, result):
   """A run's folder as far as choosing a step looks at it: steps 10, 20, 30."""
 
-  (tmp_path / "checkpoints").mkdir()
-  for name in (10, 20, 30, WRITTEN):
-    (tmp_path / "checkpoints" / str(name)).mkdir()
+  checkpoints = Checkpoints(tmp_path, keep_last=3)
+  for step in (10, 20, 30):
+    checkpoints.save(step, {"weight": np.ones(3, np.float32)}, step)
+  checkpoints.close()
+  (tmp_path / "checkpoints" / WRITTEN).mkdir()
   (tmp_path / "results").mkdir()
   for step, score in ((0, 9.0), (10, 7.0), (20, 8.0), (30, 7.5)):
     stored = json.loads(json.dumps(result))
@@ -111,7 +116,6 @@ def test_best_without_results_says_so(run):
 
 
 def test_a_run_without_checkpoints_says_so(run):
-  for path in (run / "checkpoints").iterdir():
-    path.rmdir()
+  shutil.rmtree(run / "checkpoints")
   with pytest.raises(UserError, match="no whole checkpoint"):
     choose_step(run, "latest", "global.other.R@10")
