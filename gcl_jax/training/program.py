@@ -74,7 +74,16 @@ def moved(text: str) -> Moved:
       if operation in _FREE or operation.endswith("-done"):
         continue
       operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-      memory += times * (sizes[label] + sum(sizes.get(o, 0) for o in operands))
+      read = [sizes.get(operand, 0) for operand in operands]
+      written = sizes[label]
+      called = re.search(r"calls=%?([\w.\-]+)", rest)
+      if called:
+        read, written = _touched(computations.get(called[1], ()), read, written)
+      elif operation == "dynamic-slice":
+        read = [written]
+      elif operation == "dynamic-update-slice":
+        read, written = [read[1]], read[1]
+      memory += times * (written + sum(read))
   return Moved(memory, dict(received), dict(counts))
 
 
@@ -89,6 +98,44 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     elif line.startswith("  "):
       lines.append(line)
   return found, entry
+
+
+def _touched(lines: list[str], read: list[int], written: int) -> tuple[list[int], int]:
+  """What a fusion reads of its operands and writes, where that is but a slice of them.
+
+  A loop over layers takes one layer of what is stacked, and puts one layer into it.
+  """
+  sizes: dict[str, int] = {}
+  numbers: dict[str, int] = {}  # of the operand that a name stands for
+  sliced: dict[int, int] = {}
+  whole: set[int] = set()
+  for line in lines:
+    found = _INSTRUCTION.match(line)
+    if not found:
+      continue
+    label, shape, operation, rest = found.groups()
+    sizes[label] = _size(shape, everywhere=True)
+    operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+    if operation == "parameter":
+      numbers[label] = int(rest.split(")")[0])
+    elif operation == "bitcast" and operands[0] in numbers:
+      numbers[label] = numbers[operands[0]]
+    elif operation in ("dynamic-slice", "dynamic-update-slice"):
+      updated = operation == "dynamic-update-slice"
+      part = sizes.get(operands[1], 0) if updated else sizes[label]
+      if operands[0] in numbers:
+        number = numbers[operands[0]]
+        sliced[number] = sliced.get(number, 0) + (0 if updated else part)
+        if updated:  # in its place
+          written -= max(sizes[label] - part, 0)
+      whole |= {numbers[name] for name in operands[1:] if name in numbers}
+    else:
+      whole |= {numbers[name] for name in operands if name in numbers}
+  read = [
+    min(size, sliced[k]) if k in sliced and k not in whole else size
+    for k, size in enumerate(read)
+  ]
+  return read, max(written, 0)
 
 
 def _rounds(rest: str, computations: dict[str, list[str]]) -> int:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from gcl_jax.sharding import make_mesh
@@ -99,3 +100,77 @@ ENTRY %main (a: f32[2,8]) -> f32[16,8] {
   found = moved(text)
   assert found.counts == {"all-gather": 1}
   assert found.collectives == {"all-gather": 16 * 8 * 4}
+
+
+def test_a_loop_over_layers_reads_and_writes_one_of_them():
+  text = """HloModule m
+
+%take (p: f32[12,64], k: s32[]) -> f32[1,64] {
+  %p = f32[12,64]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%p, %k, %k), dynamic_slice_sizes={1,64}
+}
+
+%keep (p: f32[12,64], u: f32[1,64], k: s32[]) -> f32[12,64] {
+  %p = f32[12,64]{1,0} parameter(0)
+  %u = f32[1,64]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %s = f32[12,64]{1,0} dynamic-update-slice(%p, %u, %k, %k)
+}
+
+ENTRY %main (a: f32[12,64], k: s32[]) -> f32[12,64] {
+  %a = f32[12,64]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %x = f32[1,64]{1,0} fusion(%a, %k), kind=kLoop, calls=%take
+  ROOT %y = f32[12,64]{1,0} fusion(%a, %x, %k), kind=kLoop, calls=%keep
+}
+"""
+  layer, index = 64 * 4, 4
+  assert moved(text).memory == 2 * layer + index + 2 * layer + index
+
+
+def test_a_loop_counts_to_a_constant_where_the_compiler_says_nothing():
+  text = """HloModule m
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %c = f32[8]{0} get-tuple-element(%s), index=1
+  %f = f32[8]{0} fusion(%c), kind=kCustom, calls=%inside
+  ROOT %t = (s32[], f32[8]{0}) tuple(%k, %f)
+}
+
+%inside (c: f32[8]) -> f32[8] {
+  %c = f32[8]{0} parameter(0)
+  ROOT %r = f32[8]{0} all-reduce(%c), to_apply=%sum
+}
+
+%test (s: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(12), metadata={op_name="x"}
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  ROOT %y = pred[]{:T(512)} compare(%k, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  ROOT %w = (s32[], f32[8]{0}) while(%a), condition=%test, body=%body
+}
+"""
+  found = moved(text)
+  assert found.counts == {"all-reduce": 12}
+  assert found.collectives == {"all-reduce": 12 * 2 * 32}
+  with pytest.raises(ValueError, match="how often does the loop"):
+    moved(text.replace("constant(12)", "parameter(1)"))
+
+
+def test_of_a_combined_gather_all_results_count():
+  text = """HloModule m
+
+ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  ROOT %s = ((f32[4]{0}, f32[8]{0}), (f32[16]{0}, f32[32]{0})) all-gather-start(%a, %b)
+}
+"""
+  assert moved(text).collectives == {"all-gather": 4 * (16 + 32)}
