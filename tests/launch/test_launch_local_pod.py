@@ -122,7 +122,7 @@ def test_a_killed_process_counts_as_a_failure(pod):
   pod.await_journal("1 ready")
   pod.await_journal("0 ready")
   os.kill(int((pod.folder / "pid-1").read_text()), signal.SIGKILL)
-  _, err = process.communicate(timeout=20)
+  _, err = process.communicate(timeout=90)
   assert process.returncode == 137, err
   assert "0 saved" in pod.journal()
 
@@ -177,7 +177,7 @@ def test_signals_reach_all_and_are_not_followed_by_a_restart(pod, sent, noted, c
   pod.await_journal("0 ready")
   pod.await_journal("1 ready")
   process.send_signal(sent)
-  _, err = process.communicate(timeout=20)
+  _, err = process.communicate(timeout=90)
   assert process.returncode == code, err
   journal = pod.journal()
   assert [journal.count(f"{i} {noted}") for i in (0, 1)] == [1, 1]

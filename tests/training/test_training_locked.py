@@ -64,7 +64,8 @@ def traced_step(microbatches, **fields):
   step = make_step(objective, optimizer, frozen, config.temperature)
   batch = {
     "pixels": jnp.zeros((4, 16, 16, 3), jnp.uint8),
-    "tokens": jnp.zeros((4, 8), jnp.int32),
+    # 28 places: were they 32, as the width, activations would pass for gradients.
+    "tokens": jnp.zeros((4, 7), jnp.int32),
     "has_image": jnp.ones(4, bool),
     "has_text": jnp.ones(4, bool),
     "pair_ids": jnp.arange(8, dtype=jnp.int32).reshape(4, 2),
