@@ -67,7 +67,7 @@ def main() -> None:
   """Measures, prints the table and writes the rows."""
   models, batch_size, repeats = _FLAGS.models, _FLAGS.batch_size, _FLAGS.repeats
   if _FLAGS.quick:
-    models, batch_size, repeats = models[:1], min(batch_size, 32), min(repeats, 3)
+    models, batch_size, repeats = models[:1], min(batch_size, 16), min(repeats, 3)
   rows: list[dict[str, Any]] = []
   for name in models:
     config = recipe(name, Path(_FLAGS.data), batch_size, _FLAGS.dtype)
