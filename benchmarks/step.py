@@ -33,6 +33,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks.input import cores
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
 
@@ -67,7 +68,7 @@ def main() -> None:
   """Measures, prints the table and writes the rows."""
   models, batch_size, repeats = _FLAGS.models, _FLAGS.batch_size, _FLAGS.repeats
   if _FLAGS.quick:
-    models, batch_size, repeats = models[:1], min(batch_size, 32), min(repeats, 3)
+    models, batch_size, repeats = models[:1], min(batch_size, 16), min(repeats, 3)
   rows: list[dict[str, Any]] = []
   for name in models:
     config = recipe(name, Path(_FLAGS.data), batch_size, _FLAGS.dtype)
@@ -116,7 +117,7 @@ def measure(config: ConfigDict, *, repeats: int) -> list[dict[str, Any]]:
   from gcl_jax.data import open_source
   from gcl_jax.training.start import make_start
 
-  threads = len(os.sched_getaffinity(0))
+  threads = cores()
   torch.set_num_threads(threads)
   source = open_source(config.data, split=config.data.train_split)
   start = make_start(config, source, None, False)
