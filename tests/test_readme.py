@@ -46,7 +46,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
 def test_every_command_names_recipes_and_flags_that_exist(command):
   for recipe in re.findall(r"--config=(\S+?)(?::\w+)?(?:\s|$)", command):
     assert (ROOT / recipe).is_file(), recipe
-  tool = re.search(r"python -m (gcl_jax\.\w+|benchmarks\.\w+)", command)[1]
+  tool = re.search(r"python -m (gcl_jax(?:\.\w+)+|benchmarks\.\w+)", command)[1]
   flags = subprocess.run(
     [sys.executable, "-m", tool, "--helpfull"],
     cwd=ROOT,
