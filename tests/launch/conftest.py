@@ -23,6 +23,11 @@ exec {python} "$@"
 """
 
 
+def _heed_the_keyboard() -> None:
+  """Tests that run in the background ignore SIGINT, and so would all that they start."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Launches:
   """Runs launchers with stubs in place of what they call; the stubs keep a journal."""
 
@@ -65,6 +70,7 @@ class Launches:
       env={**self.environment, **environment},
       cwd=self.folder,
       start_new_session=True,
+      preexec_fn=_heed_the_keyboard,
     )
     self.started.append(process)
     return process
