@@ -116,6 +116,7 @@ def _compiled(model: str, topology: str, pairs: int, fsdp: int) -> ahead.Report 
   config = paper_recipe()
   config.init.pretrained = ""
   config.model.name = model
+  config.tokenizer.vocab_size = 49_408  # CLIP's own
   config.model.dtype, config.model.remat = "bfloat16", "full"
   config.mesh.fsdp = fsdp
   config.batch_size = pairs * ahead.chips_of(topology)

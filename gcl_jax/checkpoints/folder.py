@@ -116,8 +116,8 @@ def write_description(folder: Folder, run: RunDescription) -> None:
       written.
   """
   folder = run_folder(folder)
-  check_free(folder)
   if jax.process_index() == 0:
+    check_free(folder)  # the others would look while it is being written
     with keeping(folder / "processor"), local_draft(folder / "processor") as here:
       run.processor.save(here)
   description = {

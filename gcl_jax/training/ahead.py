@@ -27,6 +27,7 @@ from gcl_jax.training.flops import multiply_adds, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask, make_optimizer
 from gcl_jax.training.program import Moved, moved
+from gcl_jax.training.separation_features import needs_initial_tower, read_features
 from gcl_jax.training.start import model_from_config
 from gcl_jax.training.state import make_step, places_of_state
 
@@ -172,7 +173,15 @@ def step_and_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> tuple[Any, 
   }
   if config.model.patch_dropout:
     batch["place"] = rows("int32")
-  return step, (state, batch, {})
+  features = read_features(config)
+  if features is not None:
+    batch["separation_features"] = rows("float32", features.shape[1])
+  constants = {}
+  if needs_initial_tower(config):
+    constants["initial_params"] = {
+      name: tree for name, tree in state["params"].items() if name != "lora"
+    }
+  return step, (state, batch, constants)
 
 
 def render(report: Report) -> str:

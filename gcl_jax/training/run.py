@@ -50,6 +50,7 @@ from gcl_jax.training.optimizer import (
   make_optimizer,
 )
 from gcl_jax.training.resume import changed_fields, check_resumable
+from gcl_jax.training.separation_features import needs_initial_tower, read_features
 from gcl_jax.training.spool import Spool
 from gcl_jax.training.start import make_start
 from gcl_jax.training.state import (
@@ -244,7 +245,7 @@ def _assemble(
   workdir: AnyPath,
 ) -> _Parts:
   """Everything that can be refused first, the parameters (which compile) last."""
-  features = _separation_features(config, len(source))
+  features = read_features(config, len(source))
   model, processor, first_params = make_start(config, source, stored, trained)
   check_kernel(config, model.config.projection_dim)
   shapes = adapted_shapes(config, model.abstract())
@@ -254,7 +255,7 @@ def _assemble(
   _pipeline(config, source, processor, mesh).close()  # refuses what it cannot read
   places_of_state(shapes, optimizer, mesh)  # and what cannot be split so
   params = cap_logit_scale(first_params(), config.temperature)
-  if _needs_initial(config) and not trained and is_first():
+  if needs_initial_tower(config) and not trained and is_first():
     with keeping(workdir / _INITIAL), local_draft(workdir / _INITIAL) as here:
       write_pretrained(here, model.config, params)
   params = adapted(params, shapes, config.seed)
@@ -296,15 +297,10 @@ def _rows(
   return rows
 
 
-def _needs_initial(config: ConfigDict) -> bool:
-  asked = config.loss.separation_features == "initial_text_tower"
-  return bool(config.loss.intra_modal_separation) and asked
-
-
 def _constants(
   config: ConfigDict, params: Any, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
-  if not _needs_initial(config):
+  if not needs_initial_tower(config):
     return {}
   # From the run's folder: what it once started from may have moved.
   with local_copy(workdir / _INITIAL) as here:
@@ -392,22 +388,6 @@ def _weight_watch(config: ConfigDict) -> Callable[[int, Mapping[str, float]], No
     )
 
   return watch
-
-
-def _separation_features(config: ConfigDict, records: int) -> np.ndarray | None:
-  name = config.loss.separation_features
-  if not config.loss.intra_modal_separation or not name.endswith(".npy"):
-    return None
-  try:
-    features = np.load(name, mmap_mode="r", allow_pickle=False)
-  except (OSError, ValueError) as error:
-    raise UserError(f"config.loss.separation_features={name}: {error}.") from None
-  if features.ndim != 2 or len(features) != records:
-    raise UserError(
-      f"config.loss.separation_features={name} has shape {features.shape}: it needs one "
-      f"row for each of the {records} training records, in their order."
-    )
-  return features
 
 
 def _describe(

@@ -79,7 +79,8 @@ def make_start(
 
 
 def model_from_config(config: ConfigDict) -> Model:
-  """The model of a config, without data: a vocabulary to be learned is taken as full.
+  """The model of a config, without data: a vocabulary to be learned is taken as full,
+  one on disk is read.
 
   Raises:
     UserError: as `make_start`.
@@ -87,11 +88,13 @@ def model_from_config(config: ConfigDict) -> Model:
   if config.init.pretrained:
     return _pretrained(config, _fusion(config)).model
   fields = _fields(config)
-  if not config.model.name:
+  if config.tokenizer.path:
+    words = _words(Tokenizer.from_folder(local_folder(config.tokenizer.path)))
+  else:
     entries = config.tokenizer.vocab_size
     words = {"vocab_size": entries, "eos_token_id": entries - 1}
     words |= {"bos_token_id": entries - 2, "pad_token_id": entries - 1}
-    fields = _merged(fields, {"text_config": words})
+  fields = _merged(fields, {"text_config": words})
   return _build(config, CLIPConfig.from_hf(fields), _fusion(config))
 
 
@@ -172,15 +175,18 @@ def _from_scratch(
       config.tokenizer.vocab_size,
       CLIPConfig.from_hf(fields).text.context,
     )
-  words = {
+  shape = CLIPConfig.from_hf(_merged(fields, {"text_config": _words(tokenizer)}))
+  processor = default_clip_processor(shape.vision.image_size, tokenizer)
+  return _build(config, shape, fusion), processor
+
+
+def _words(tokenizer: Tokenizer) -> dict[str, int]:
+  return {
     "vocab_size": tokenizer.vocab_size,
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": tokenizer.eos_id,
     "pad_token_id": tokenizer.pad_id,
   }
-  shape = CLIPConfig.from_hf(_merged(fields, {"text_config": words}))
-  processor = default_clip_processor(shape.vision.image_size, tokenizer)
-  return _build(config, shape, fusion), processor
 
 
 def _merged(base: dict, over: dict) -> dict:

@@ -8,8 +8,8 @@ from pathlib import Path
 import fake_gcs
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoint_cases import same_bits
 from fsspec.registry import _registry
 from orbax.checkpoint._src.path import gcs_utils
 
@@ -43,13 +43,6 @@ def state(seed=0):
   numbers = jax.random.normal(jax.random.key(seed), (8, 33))
   tree = {"params": {"kernel": numbers}, "step": jnp.int32(seed)}
   return jax.device_put(tree, jax.devices()[0])
-
-
-def same_bits(a, b):
-  return all(
-    np.asarray(x).tobytes() == np.asarray(y).tobytes()
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  )
 
 
 def test_checkpoints_in_a_bucket_come_back_to_the_bit(bucket):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoint_cases import same_bits
 
 from gcl_jax.checkpoints import Checkpoints, quiet, saved_steps
 from gcl_jax.checkpoints.folder import write_result
@@ -43,13 +43,6 @@ def state(seed=0):
   numbers = jax.random.normal(jax.random.key(seed), (256, 256))
   tree = {"params": {"kernel": numbers}, "step": jnp.int32(seed)}
   return jax.device_put(tree, jax.devices()[0])
-
-
-def same_bits(a, b):
-  return all(
-    np.asarray(x).tobytes() == np.asarray(y).tobytes()
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  )
 
 
 def begun(folder):

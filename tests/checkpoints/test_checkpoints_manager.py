@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoint_cases import same_bits
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,13 +22,6 @@ def state(seed=0, width=16):
     "optimizer": (jax.device_put(rows * 2, NamedSharding(mesh, P("data"))),),
     "step": jax.device_put(jnp.int32(seed), replicated(mesh)),
   }
-
-
-def same_bits(a, b):
-  return all(
-    np.asarray(x).tobytes() == np.asarray(y).tobytes()
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  )
 
 
 def test_a_state_comes_back_to_the_bit_and_where_it_belongs(tmp_path):
@@ -52,6 +46,19 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     scores[step] = score  # evaluated after it was saved
   checkpoints.close()
   assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_a_save_asks_nobody_whether_the_job_is_stopped(tmp_path, monkeypatch):
+  """JAX's service answers once: what Orbax heard, the loop would not."""
+  asked = []
+  monkeypatch.setattr(
+    multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step)
+  )
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, state(1), position=1)
+  checkpoints.close()
+  assert saved_steps(tmp_path) == [1]
+  assert not asked
 
 
 def test_a_step_that_was_cut_off_does_not_exist(tmp_path):

@@ -1,9 +1,9 @@
 """The step for a slice that is not there: the run's own, from shapes alone."""
 
 import importlib.util
-import os
 
 import jax
+import numpy as np
 import pytest
 from ahead_cases import tiny_config
 from jax.sharding import PartitionSpec as P
@@ -12,6 +12,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.sharding import make_mesh
 from gcl_jax.training import ahead
 from gcl_jax.training.chips import Chip
+from gcl_jax.training.config import default_config
 from gcl_jax.training.program import Moved
 from gcl_jax.training.start import model_from_config
 
@@ -88,12 +89,32 @@ def test_what_is_no_tpu_has_no_bound(monkeypatch):
     ahead.compile_only(tiny_config(), "v5e:2x4")
 
 
+def test_what_separation_needs_is_part_of_the_step(tmp_path):
+  config = tiny_config()
+  config.loss.intra_modal_separation = 0.5
+  model, mesh = model_from_config(config), make_mesh()
+  config.loss.separation_features = "initial_text_tower"
+  _, (state, _, constants) = ahead.step_and_shapes(config, model, mesh)
+  assert jax.tree.leaves(constants["initial_params"]) == jax.tree.leaves(
+    state["params"]
+  )
+  config.loss.separation_features = str(tmp_path / "features.npy")
+  np.save(config.loss.separation_features, np.zeros((3, 7), np.float32))
+  _, (_, batch, constants) = ahead.step_and_shapes(config, model, mesh)
+  assert batch["separation_features"].shape == (32, 7)
+  assert constants == {}
+
+
+def test_a_vocabulary_of_our_own_replaces_that_of_a_named_shape():
+  config = default_config()
+  config.model.name = "ViT-B/32"
+  config.tokenizer.vocab_size = 600
+  text = model_from_config(config).config.text
+  assert (text.vocab_size, text.eos_id) == (600, 599)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ,
-  reason="the TPUs' compiler is not installed",
-)
-def test_a_real_slice():
+def test_a_real_slice():  # needs libtpu
   config = tiny_config()
   config.batch_size = 16 * 64
   found = ahead.compile_only(config, "v5e:4x4")
