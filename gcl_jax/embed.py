@@ -196,8 +196,10 @@ def _build_faiss(index: Any) -> None:
 
 
 def _summary(manifest: Mapping[str, Any], folder: Any, stages: Mapping) -> str:
+  from gcl_jax.retrieval.store_format import MODALITIES
+
   counts = manifest["modalities"]
-  said = ", ".join(f"{counts[name]:,} {name}" for name in counts if counts[name])
+  said = ", ".join(f"{counts[name]:,} {name}" for name in MODALITIES if counts[name])
   lines = [
     f"written: {folder} ({manifest['rows']:,} documents: {said}; {manifest['dimension']} "
     f"x {manifest['dtype']})"

@@ -242,9 +242,11 @@ class _Rows:
       tokens = self._padded([ready.tokens for _, ready in batch])
     if len(self._started) >= _IN_FLIGHT:
       self._started[-_IN_FLIGHT][1].result()
+    # A first batch of its shape compiles: it says nothing of the model's speed.
+    counted = 0 if self._clock.is_new(pixels, tokens) else len(batch)
     began = time.perf_counter()
     vectors = self._embedder.start(pixels, tokens)
-    future = self._collector.submit(self._clock.fetch, vectors, len(batch), began)
+    future = self._collector.submit(self._clock.fetch, vectors, counted, began)
     self._started.append((positions, future))
 
   def _padded(self, tokens: list[np.ndarray]) -> np.ndarray:
@@ -264,6 +266,15 @@ class _Clock:
     self._seconds = dict.fromkeys(STAGES, 0.0)
     self._items = dict.fromkeys(STAGES, 0)
     self._last = 0.0
+    self._shapes: set[tuple] = set()
+
+  def is_new(self, pixels: np.ndarray | None, tokens: np.ndarray | None) -> bool:
+    """Whether no batch had these shapes before."""
+    inputs = (pixels, tokens)
+    shape = tuple(None if rows is None else rows.shape[1:] for rows in inputs)
+    seen = shape in self._shapes
+    self._shapes.add(shape)
+    return not seen
 
   def add(self, seconds: dict[str, float]) -> None:
     """What a thread did for one record."""
@@ -272,11 +283,15 @@ class _Clock:
       self._items[stage] += 1
 
   def fetch(self, vectors: jax.Array, items: int, began: float) -> np.ndarray:
-    """Waits for a batch; the devices were at it since the batch before was done."""
+    """Waits for a batch; the devices were at it since the batch before was done.
+
+    `items`: how many count for the model's speed.
+    """
     out = np.asarray(vectors)
     ended = time.perf_counter()
-    self._seconds["model"] += ended - max(began, self._last)
-    self._items["model"] += items
+    if items:
+      self._seconds["model"] += ended - max(began, self._last)
+      self._items["model"] += items
     self._last = ended
     return out
 

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gcl_jax.errors import UserError
 from gcl_jax.retrieval.neighbours import (
   Neighbours,
   Vectors,
@@ -32,6 +33,7 @@ _CHUNK = 1_024  # queries at a time: 64 MiB of scores
 # Neighbouring candidates of which only the best is looked at first. A top k of all the
 # scores of a block takes XLA on a CPU four times as long as this way round.
 _GROUP = 32
+_MOST = 2**31 - 1 - 2**24  # rows are int32 on the devices, those of a last block too
 
 
 def top_k(
@@ -62,9 +64,13 @@ def top_k(
     allowed: (N,) bool: which candidates are searched at all.
 
   Raises:
-    UserError: shapes that do not fit, or vectors that are not finite.
+    UserError: shapes that do not fit, vectors that are not finite, 2**31 candidates.
   """
   queries, excluded, allowed = checked(queries, candidates, k, excluded, allowed)
+  if len(candidates) > _MOST:
+    raise UserError(
+      f"{len(candidates)} candidates: rows are counted to {_MOST}; search parts of them."
+    )
   fetch = min(k + (0 if excluded is None else excluded.shape[1]), len(candidates))
   if not fetch or not len(queries):
     return nobody(len(queries), k)

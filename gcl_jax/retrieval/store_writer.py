@@ -102,7 +102,8 @@ class IndexWriter:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = np.ascontiguousarray(vectors, self.settings["dtype"])
+    with np.errstate(over="ignore"):  # what float16 does not hold is refused below
+      rows = np.ascontiguousarray(vectors, self.settings["dtype"])
     if rows.shape != (len(documents), self.settings["dimension"]):
       raise ValueError(f"vectors {rows.shape} for {len(documents)} documents")
     check_finite(rows, f"the model's output in shard {shard}: row")
