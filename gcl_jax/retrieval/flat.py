@@ -21,7 +21,8 @@ from gcl_jax.retrieval.neighbours import (
 )
 
 ENGINES = ("auto", "jax", "faiss")
-_BLOCK = 32_768  # rows that are in memory as float32, where they are not already
+_COPIED = 32_768  # candidates of a block that is copied: converted, filtered, or both
+_VIEWED = 262_144  # of one that FAISS reads where it lies
 
 
 def nearest(
@@ -77,7 +78,8 @@ def nearest(
   queries, excluded, allowed = checked(queries, candidates, k, excluded, allowed)
   fetch = k + (0 if excluded is None else excluded.shape[1])
   best = nobody(len(queries), fetch)
-  size = block_size or _BLOCK
+  in_place = isinstance(candidates, np.ndarray) and candidates.dtype == np.float32
+  size = block_size or (_VIEWED if in_place and allowed is None else _COPIED)
   for first in range(0, len(candidates), size):
     block = np.ascontiguousarray(candidates[first : first + size], np.float32)
     if check:
