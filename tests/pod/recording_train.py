@@ -4,7 +4,7 @@
 
 Each batch is a line of <folder>/<process>-<pid>.jsonl: the global position after it, and
 the records' places in the source. With TERM_AT=<process>:<position> in the environment
-that process gets SIGTERM there.
+that process gets SIGTERM there, with FAIL_AT it raises an error.
 """
 
 import json
@@ -29,8 +29,11 @@ def recording_next(self):
   line = {"position": self.position, "index": batch["index"].tolist(), "width": width}
   with path.open("a") as file:
     file.write(json.dumps(line) + "\n")
-  if os.environ.get("TERM_AT") == f"{jax.process_index()}:{self.position}":
+  here = f"{jax.process_index()}:{self.position}"
+  if os.environ.get("TERM_AT") == here:
     os.kill(os.getpid(), signal.SIGTERM)
+  if os.environ.get("FAIL_AT") == here:
+    raise RuntimeError("a disk of this machine is gone")
   return batch
 
 
