@@ -61,9 +61,9 @@ def score(scoring: Scoring, queries: Bank, pool: Pool) -> Scored:
     if excluded is not None:
       answers = _without(answers, excluded)
   vectors = queries.unit(asked)
-  depth = max(scoring.cutoffs)
-  if answers is not None:  # so many deep, K irrelevant ones show wherever there are K
-    depth += int(answers.counts.max(initial=0))
+  # With one more for every answer, K irrelevant ones show wherever there are K.
+  answered = 0 if answers is None else int(answers.counts.max(initial=0))
+  depth = max(scoring.cutoffs) + max(1, answered)
   allowed = scoring.allowed
   if not pool.there.all():
     allowed = pool.there if allowed is None else allowed & pool.there
@@ -72,9 +72,8 @@ def score(scoring: Scoring, queries: Bank, pool: Pool) -> Scored:
     found = _search_lists(vectors, pool, lists, min(depth, lists.shape[1]))
     candidates = (lists >= 0).sum(axis=1)
   else:
-    depth = min(depth, len(pool))
-    found = nearest(
-      vectors, pool, depth, excluded=excluded, allowed=allowed, check=False
+    found = _search(
+      vectors, pool, min(depth, len(pool)), max(scoring.cutoffs), excluded, allowed
     )
     candidates = np.full(len(asked), len(pool) if allowed is None else allowed.sum())
   result: dict[str, Any] = {"queries": len(asked)}
@@ -136,6 +135,33 @@ def _best(queries: np.ndarray, pool: Pool, answers: Judgements) -> np.ndarray:
     scores = np.einsum("nd,nd->n", queries[of_query[block]], candidates)
     np.maximum.at(best, of_query[block], scores)
   return best
+
+
+def _search(
+  queries: np.ndarray,
+  pool: Pool,
+  depth: int,
+  cutoff: int,
+  excluded: np.ndarray | None,
+  allowed: np.ndarray | None,
+) -> Neighbours:
+  """The first `depth` candidates, the lower rows of all that tie with the cutoff-th."""
+  found = nearest(queries, pool, depth, excluded=excluded, allowed=allowed, check=False)
+  # FAISS chooses among equals at the end of its list. Where they reach up to the cutoff
+  # the question is asked again, of the engine that takes the lower rows.
+  at_cutoff = found.scores[:, min(cutoff, depth) - 1]
+  again = np.flatnonzero(np.isfinite(at_cutoff) & (at_cutoff == found.scores[:, -1]))
+  if depth < len(pool) and len(again):
+    more = nearest(
+      queries[again],
+      pool,
+      depth,
+      engine="jax",
+      excluded=None if excluded is None else excluded[again],
+      allowed=allowed,
+    )
+    found.scores[again], found.rows[again] = more
+  return found
 
 
 def _search_lists(
