@@ -17,6 +17,7 @@ from absl import flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
+from gcl_jax.open_model import open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
 _FLAGS = flags.FLAGS
@@ -79,20 +80,24 @@ def main() -> None:
 
 
 def _evaluate_pairs(output: AnyPath | None) -> None:
-  data_config, embedder, notes = _load(_FLAGS.checkpoint, _FLAGS.step)
+  model = open_model(_FLAGS.checkpoint, _FLAGS.step, batch_size=_FLAGS.batch_size)
+  if not (model.is_run or _FLAGS.data):
+    raise UserError(
+      "name the pairs to evaluate on: --data=<folder with captions.jsonl>"
+    )
 
   from gcl_jax.data import change_data, open_source
   from gcl_jax.evaluation import build_items, evaluate_nine, render
 
-  change_data(data_config, _FLAGS.data, _FLAGS.data_option)
+  change_data(model.data, _FLAGS.data, _FLAGS.data_option)
   items = build_items(
-    open_source(data_config, split=_FLAGS.split), limit=_FLAGS.items or None
+    open_source(model.data, split=_FLAGS.split), limit=_FLAGS.items or None
   )
-  result = evaluate_nine(items, embedder.embed, progress=_progress)
+  result = evaluate_nine(items, model.embedder.embed, progress=_progress)
   result["checkpoint"] = _FLAGS.checkpoint
   result["split"] = _FLAGS.split
   rows = {Path(_FLAGS.checkpoint).name: result}
-  print(render(rows, center=_FLAGS.center, notes=notes))
+  print(render(rows, center=_FLAGS.center, notes=model.notes))
   _write(output, result)
 
 
@@ -113,20 +118,20 @@ def _evaluate_benchmark(output: AnyPath | None) -> None:
     },
   )
   benchmark = open_benchmark(_FLAGS.benchmark, _FLAGS.root, options)
-  _, embedder, notes = _load(_FLAGS.checkpoint, _FLAGS.step, pairs=False)
+  model = open_model(_FLAGS.checkpoint, _FLAGS.step, batch_size=_FLAGS.batch_size)
   result = evaluate_benchmark(
     benchmark,
-    embedder,
+    model.embedder,
     fusion=_FLAGS.fusion,
     stored=_FLAGS.stored,
     export_run=_FLAGS.export_run,
     progress=_progress,
   )
   result["checkpoint"] = _FLAGS.checkpoint
-  result["step"] = _FLAGS.step
-  result["model"] = identity(embedder)
-  result["config_sha256"] = _digest(embedder.config)
-  result["notes"] = notes
+  result["step"] = model.step
+  result["model"] = identity(model.embedder)
+  result["config_sha256"] = _digest(model.embedder.config)
+  result["notes"] = model.notes
   print(table_of(result))
   _write(output, result)
 
@@ -173,36 +178,6 @@ def check_output(output: AnyPath | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--output={output} cannot be written: {error}.") from None
-
-
-def _load(checkpoint: str, step: str, pairs: bool = True):
-  if not checkpoint:
-    raise UserError(
-      "name a model: --checkpoint=<a run's folder, a HF folder, a hub id>"
-    )
-  from gcl_jax.checkpoints import is_run, read_description
-  from gcl_jax.evaluation import choose_step
-  from gcl_jax.retrieval import load
-  from gcl_jax.training.check import describe_loss
-  from gcl_jax.training.config import default_config
-
-  data, notes = default_config().data, []
-  if is_run(checkpoint):
-    stored = read_description(checkpoint).config
-    for name in data:
-      if name in stored.data:
-        with data.ignore_type():
-          data[name] = stored.data[name]
-    notes = [describe_loss(stored)]
-    chosen = choose_step(checkpoint, step, stored.eval.best)
-    embedder = load(checkpoint, step=chosen, batch_size=_FLAGS.batch_size)
-  else:
-    embedder = load(checkpoint, batch_size=_FLAGS.batch_size)
-    if pairs and not _FLAGS.data:
-      raise UserError(
-        "name the pairs to evaluate on: --data=<folder with captions.jsonl>"
-      )
-  return data, embedder, notes
 
 
 def _progress(done: int, total: int) -> None:

@@ -26,8 +26,10 @@ FLOORS = {
   "training": 5,
   "evaluation": 5,
   "command_line": 6,
+  "open_model": 6,
   "train": 7,
   "evaluate": 7,
+  "embed": 7,
   "export": 7,
 }
 # A command line that stays beside what it runs: flags and one call, imported by nobody.

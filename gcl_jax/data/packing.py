@@ -151,13 +151,13 @@ def _plan(
     "data": {name: fields[name] for name in names},
     "split": split,
     "source_records": len(source),
-    "content": _probe(source),
+    "content": probe(source),
     **dataclasses.asdict(packing),
   }
   return json.loads(json.dumps(plan))
 
 
-def _probe(source: Source) -> str:
+def probe(source: Source) -> str:
   """A digest of some records' ids and texts: whether it is the same source."""
   digest = hashlib.sha256()
   for index in np.linspace(0, len(source) - 1, _PROBES).astype(int):

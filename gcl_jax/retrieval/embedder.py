@@ -152,6 +152,44 @@ class Embedder:
       collect(left=0)
     return out
 
+  @property
+  def batch_size(self) -> int:
+    """The most documents at once, over all devices."""
+    return self._sizes[-1]
+
+  @property
+  def threads(self) -> int:
+    """That decode images."""
+    return self._threads
+
+  def tokens(self, text: str) -> np.ndarray:
+    """One text as `start` takes it: int32 (L,), L one of few lengths."""
+    tokenizer = self.processor.tokenizer
+    ids = tokenizer([text], length=self._max_length)
+    return ids[0, : self._bucket(int(_lengths(ids, tokenizer.pad_id)[0]))]
+
+  def start(
+    self, pixels: np.ndarray | None = None, tokens: np.ndarray | None = None
+  ) -> jax.Array:
+    """Starts a batch of prepared documents of one kind, and does not wait for it.
+
+    Args:
+      pixels: uint8 (n, S, S, 3), of `processor.image.pixels`; None: texts alone.
+      tokens: int32 (n, L), of `tokens`; None: images alone. n is at most `batch_size`.
+
+    Returns:
+      (batch_size, D) float32 unit rows, of which the first n count.
+    """
+    kind = "text" if pixels is None else "image" if tokens is None else "both"
+    mine = batch_share(self.mesh).rows(self.batch_size)
+    given = {"pixels": pixels, "tokens": tokens}
+    inputs = {
+      name: _padded(rows, self.batch_size)[mine]
+      for name, rows in given.items()
+      if rows is not None
+    }
+    return self._functions[kind](self.params, *put_batch(self.mesh, inputs).values())
+
   def _batches(self, documents: list[_Document]) -> Iterator[_Batch]:
     """Documents of one kind at a time, so that no tower runs on padding alone."""
     kinds: dict[str, list[int]] = {"image": [], "text": [], "both": []}

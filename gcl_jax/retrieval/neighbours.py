@@ -55,7 +55,6 @@ def without(found: Neighbours, excluded: np.ndarray | None, k: int) -> Neighbour
   if excluded is None:
     return Neighbours(found.scores[:, :k], found.rows[:, :k])
   out = (found.rows[:, :, None] == excluded[:, None, :]).any(axis=2)
-  out |= found.rows < 0
   order = np.argsort(out, axis=1, kind="stable")[:, :k]
   scores = np.where(out, np.float32(-np.inf), found.scores)
   rows = np.where(out, -1, found.rows)
@@ -113,8 +112,10 @@ def check_finite(block: np.ndarray, what: str, first: int = 0) -> None:
     block: (n, D). what: "query" or "candidate". first: the number of its first row.
   """
   flat = block.reshape(-1)
-  if block.dtype == np.float32 and np.isfinite(np.dot(flat, flat)):
-    return  # one pass at the speed of memory; an overflow only leads to the next line
+  with np.errstate(over="ignore", invalid="ignore"):
+    # One pass at the speed of memory; an overflow only leads to the next line.
+    if block.dtype == np.float32 and np.isfinite(np.dot(flat, flat)):
+      return
   bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
   if len(bad):
     raise UserError(

@@ -16,7 +16,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.retrieval.embedder import Embedder
 from gcl_jax.retrieval.flat import nearest
 from gcl_jax.retrieval.identity import identity
-from gcl_jax.retrieval.neighbours import Neighbours
+from gcl_jax.retrieval.neighbours import Neighbours, checked
 from gcl_jax.retrieval.store_format import (
   FORMAT,
   MANIFEST,
@@ -110,7 +110,7 @@ class Index:
   def __init__(self, folder: Path, manifest: Mapping[str, Any]):
     self.folder, self.manifest = folder, manifest
     self._tables: dict[int, Any] = {}
-    self._found_finite = False
+    self._found_finite, self._faiss = False, None
     self.vectors = ShardedVectors(
       [_open_vectors(folder, k, manifest) for k in range(len(manifest["shards"]))],
       manifest["dimension"],
@@ -184,7 +184,14 @@ class Index:
     """
     allowed = None if modality is None else self._allowed(modality)
     if not exact:
-      raise UserError("not yet")
+      from gcl_jax.retrieval import approximate
+
+      if self._faiss is None:
+        self._faiss = approximate.open_faiss(self)
+      queries, exclude, allowed = checked(queries, self.vectors, k, exclude, allowed)
+      return approximate.search(
+        self, self._faiss, queries, k, excluded=exclude, allowed=allowed
+      )
     found = nearest(
       queries,
       self.vectors,

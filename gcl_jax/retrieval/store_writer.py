@@ -41,7 +41,12 @@ class IndexWriter:
   """
 
   def __init__(
-    self, folder: str | os.PathLike, settings: Mapping[str, Any], shards: int
+    self,
+    folder: str | os.PathLike,
+    settings: Mapping[str, Any],
+    shards: int,
+    *,
+    about: Mapping[str, Any] | None = None,
   ):
     """Starts the folder, or goes on with one that was started by the same settings.
 
@@ -49,6 +54,7 @@ class IndexWriter:
       folder: new, empty, or of the same index.
       settings: all that decides the rows, as JSON; `dtype` and `dimension` among them.
       shards: how many there will be.
+      about: what the manifest says beside, and a later call may say otherwise.
 
     Raises:
       UserError: something else lies there, another index's settings, no permission.
@@ -60,7 +66,7 @@ class IndexWriter:
       )
     self.folder = Path(folder)
     self.settings = json.loads(to_json({"format": FORMAT, **settings}))
-    self.shards = shards
+    self.shards, self._about = shards, dict(about or {})
     if self.settings["dtype"] not in DTYPES:
       raise UserError(
         f"dtype {self.settings['dtype']!r} is none of {', '.join(DTYPES)}."
@@ -96,7 +102,8 @@ class IndexWriter:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = np.ascontiguousarray(vectors, self.settings["dtype"])
+    with np.errstate(over="ignore"):  # what float16 does not hold is refused below
+      rows = np.ascontiguousarray(vectors, self.settings["dtype"])
     if rows.shape != (len(documents), self.settings["dimension"]):
       raise ValueError(f"vectors {rows.shape} for {len(documents)} documents")
     check_finite(rows, f"the model's output in shard {shard}: row")
@@ -146,8 +153,15 @@ class IndexWriter:
           "documents_sha256": checksum(path),
         }
       )
+    if not sum(counts.values()):
+      reason = f": {bad[0][0]}: {bad[0][1]}" if bad else ""
+      raise UserError(
+        f"nothing was embedded, all {bad_count:,} records are bad{reason}. Mend them, "
+        f"delete {self.folder}, and run the command again."
+      )
     manifest = {
       **self.settings,
+      **self._about,
       "rows": sum(shard["rows"] for shard in shards),
       "modalities": {name: counts[name] for name in MODALITIES},
       "bad_count": bad_count,
