@@ -17,6 +17,7 @@ from absl import flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
+from gcl_jax.fusion import FusionSettings
 from gcl_jax.open_model import open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
@@ -131,9 +132,22 @@ def _evaluate_benchmark(output: AnyPath | None) -> None:
   result["step"] = model.step
   result["model"] = identity(model.embedder)
   result["config_sha256"] = _digest(model.embedder.config)
-  result["notes"] = model.notes
+  result["notes"] = [*model.notes, *fusion_notes(result)]
   print(table_of(result))
   _write(output, result)
+
+
+def fusion_notes(result: dict) -> list[str]:
+  """Says where documents were fused otherwise than the model was trained to."""
+  used, own = result["protocol"]["fusion"], result["model"]["fusion"]
+  plain = own == FusionSettings(of=own["of"]).to_dict()
+  if used in ("checkpoint", own["of"]) and (plain or used == "checkpoint"):
+    return []
+  return [
+    f"documents were fused by the benchmark's protocol ({used}); this model's own is "
+    f"{own['of']}, weights {own['image_weight']:g} and {own['text_weight']:g}: "
+    "--fusion=checkpoint"
+  ]
 
 
 def _digest(config) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gcl_jax.evaluate import fusion_notes
+from gcl_jax.fusion import FusionSettings
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -48,7 +51,7 @@ def test_one_result_file_with_all_that_tells_where_it_is_from(
     f"--export_run={run}",
   )
   assert done.returncode == 0, done.stderr
-  assert "image,text -> image" in done.stdout
+  assert "it > i" in done.stdout
   result = json.loads(output.read_text())
   block = result["tasks"]["composed"]["scores"]["all"]
   assert (block["queries"], block["candidates"]) == (2, 4)
@@ -59,6 +62,26 @@ def test_one_result_file_with_all_that_tells_where_it_is_from(
     assert len(result[digest]) == 64
   assert len(result["model"]["weights"]) == 64
   assert (run / "composed/all/run.trec").is_file()
+
+
+@pytest.mark.parametrize(
+  ("used", "own", "said"),
+  [
+    ("raw", {}, False),
+    ("unit", {}, True),
+    ("raw", {"of": "unit"}, True),
+    ("unit", {"of": "unit"}, False),
+    ("raw", {"text_weight": 0.5}, True),
+    ("raw", {"learned": True}, True),
+    ("checkpoint", {"of": "unit", "text_weight": 0.5}, False),
+  ],
+)
+def test_fusing_unlike_the_model_s_training_is_said(used, own, said):
+  result = {
+    "protocol": {"fusion": used},
+    "model": {"fusion": FusionSettings(**own).to_dict()},
+  }
+  assert bool(fusion_notes(result)) is said
 
 
 def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-ARROW = " -> "
+_LETTERS = {"image": "i", "text": "t", "image,text": "it"}
 
 
 def mean_of(values: list[float | None]) -> float | None:
@@ -77,7 +77,7 @@ def table_of(result: Mapping[str, Any]) -> str:
       recalls, wide = block.get("recall", {}), block.get("wide_ties", [])
       table.add_row(
         name + ("*" if block["partial"] else ""),
-        direction,
+        " > ".join(_LETTERS[side] for side in direction.split(" -> ")),
         scoring,
         _count(block["queries"]),
         _count(block["candidates"]),
@@ -100,7 +100,11 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         )
   for name, value in result["summary"].items():
     if not isinstance(value, Mapping):
-      shown = "not given: see below" if value is None else f"{value:.2f}"
+      shown = (
+        "not given (not all tasks, or partial ones)"
+        if value is None
+        else f"{value:.2f}"
+      )
       lines.append(f"{name}: {shown}")
   blocks = [b for task in tasks.values() for b in task.get("scores", {}).values()]
   if any(block.get("wide_ties") for block in blocks):
