@@ -77,7 +77,7 @@ def read_split(files: Files, split: str) -> dict[str, str]:
   """Names and relative paths of a split's pictures."""
   name = f"image_splits/split.rc2.{split}.json"
   paths = files.json(name)
-  if not isinstance(paths, dict):
+  if not isinstance(paths, dict) or not all(isinstance(p, str) for p in paths.values()):
     raise UserError(f"{files.root / name} is no object of names: is it CIRR's?")
   return {name: path.removeprefix("./") for name, path in paths.items()}
 
@@ -87,8 +87,9 @@ def read_captions(files: Files, split: str) -> list[dict[str, Any]]:
   name = f"captions/cap.rc2.{split}.json"
   entries = files.json(name)
   for entry in entries:
-    for field in ("pairid", "reference", "caption", "img_set"):
+    for field in ("pairid", "reference", "caption"):
       files.field(entry, field, name)
+    files.field(files.field(entry, "img_set", name), "members", name)
   return entries
 
 
@@ -116,7 +117,8 @@ def _task(files: Files, split: str) -> tuple[Task, list[str]]:
   subset = subset.reshape(len(entries), -1)
   relevant = None
   if public:
-    targets = rows([entry["target_hard"] for entry in entries])
+    name = f"captions/cap.rc2.{split}.json"
+    targets = rows([files.field(entry, "target_hard", name) for entry in entries])
     relevant = judgements(np.arange(len(entries)), targets, len(entries))
   queries = documents(
     f"the queries of {split}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,16 @@ def open_composed(root: str, options: Options) -> Benchmark:
   """
   files = Files(root, "composed queries", LAYOUT)
   chosen(options.tasks, ["composed"])
-  lines = _lines(files, "composed.jsonl", ("reference", "text", "target"))
+  fields = ("reference", "text", "target")
+  lines = files.objects("composed.jsonl", dict.fromkeys(fields, str))
   if any("split" in line for line in lines):
     lines = [line for line in lines if line.get("split") == "test"]
   if not lines:
     raise UserError(f"{files.root / 'composed.jsonl'} has no query of the split test.")
-  names = [line["image"] for line in _table(files)]
+  table = []
+  if files.has("captions.jsonl"):
+    table = files.objects("captions.jsonl", {"image": str})
+  names = [line["image"] for line in table]
   names += [line[side] for line in lines for side in ("reference", "target")]
   gallery = documents("the candidates", distinct(names), images=distinct(names))
   rows = {
@@ -89,28 +92,6 @@ def open_composed(root: str, options: Options) -> Benchmark:
 def _no_means(tasks: Mapping[str, Any]) -> dict[str, Any]:
   del tasks
   return {}
-
-
-def _table(files: Files) -> list[dict[str, Any]]:
-  if not files.has("captions.jsonl"):
-    return []
-  return _lines(files, "captions.jsonl", ("image",))
-
-
-def _lines(files: Files, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-  out = []
-  for number, line in enumerate(files.text(name).splitlines(), start=1):
-    try:
-      entry = json.loads(line) if line.strip() else None
-    except ValueError as error:
-      raise UserError(f"{files.root / name}, line {number}: {error}.") from error
-    if entry is None:
-      continue
-    for field in fields:
-      if not isinstance(files.field(entry, field, name), str):
-        raise UserError(f"{files.root / name}, line {number}: {field} is no text.")
-    out.append(entry)
-  return out
 
 
 def _pictures(files: Files, options: Options, names: list[str]) -> Pictures:

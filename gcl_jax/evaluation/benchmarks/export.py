@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _ROWS = 1 << 15
 
 
 class RunExport:
-  """Writes into `<folder>.part`, which becomes `folder` when all is there.
+  """Writes into a folder beside it, which becomes `folder` when all is there.
 
   Raises:
     UserError: the folder exists, or cannot be made.
@@ -37,15 +38,18 @@ class RunExport:
 
   def __init__(self, folder: str):
     self.folder = Path(folder).expanduser()
-    self._part = self.folder.with_name(self.folder.name + ".part")
     self._written: dict[tuple[int, ...], Path] = {}
     if self.folder.exists():
       raise UserError(f"--export_run={folder} exists: name a new folder.")
     try:
-      shutil.rmtree(self._part, ignore_errors=True)
-      self._part.mkdir(parents=True)
+      self.folder.parent.mkdir(parents=True, exist_ok=True)
+      part = tempfile.mkdtemp(
+        prefix=f"{self.folder.name}.part-", dir=self.folder.parent
+      )
     except OSError as error:
       raise UserError(f"--export_run={folder} cannot be written: {error}") from error
+    self._part = Path(part)
+    self._part.chmod(0o755)
 
   def write(self, task: Task, scoring: Scoring, scored: Scored, pool: Pool) -> None:
     """The files of one scoring."""

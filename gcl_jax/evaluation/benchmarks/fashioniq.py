@@ -105,7 +105,11 @@ def _begun_small(text: str) -> str:
 
 def read_list(files: Files, category: str, split: str) -> list[str]:
   """The garments of one split list, in its order."""
-  return files.json(f"image_splits/split.{category}.{split}.json")
+  name = f"image_splits/split.{category}.{split}.json"
+  names = files.json(name)
+  if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+    raise UserError(f"{files.root / name} is no list of names: is it FashionIQ's?")
+  return names
 
 
 def read_captions(files: Files, category: str) -> list[dict[str, Any]]:

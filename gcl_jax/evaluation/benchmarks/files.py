@@ -6,7 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,24 @@ class Files:
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     lines = self.text(name).splitlines(keepends=True)
     return list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting))
+
+  def objects(self, name: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """A file with an object a line, each with these fields of these types."""
+    out = []
+    for number, line in enumerate(self.text(name).splitlines(), start=1):
+      if not line.strip():
+        continue
+      try:
+        entry = json.loads(line)
+      except ValueError as error:
+        raise UserError(f"{self.root / name}, line {number}: {error}.") from error
+      for field, kind in fields.items():
+        if not isinstance(self.field(entry, field, name), kind):
+          raise UserError(
+            f"{self.root / name}, line {number}: {field} is not a {kind.__name__}."
+          )
+      out.append(entry)
+    return out
 
   def json_lines(self, name: str, fields: dict[str, pa.DataType]) -> pa.Table:
     """These fields of a file with an object a line; null where one lacks them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,9 @@ def open_flickr8k_expert(root: str, options: Options) -> Benchmark:
   files = Files(root, "Flickr8k with experts' scores", LAYOUT)
   chosen(options.tasks, ["expert"])
   paths, captions = {}, {}
-  for line in files.text("captions.jsonl").splitlines():
-    entry = json.loads(line)
-    path = files.field(entry, "image", "captions.jsonl")
-    paths[Path(path).name] = path
-    captions[Path(path).name] = files.field(entry, "captions", "captions.jsonl")
+  for entry in files.objects("captions.jsonl", {"image": str, "captions": list}):
+    name = Path(entry["image"]).name
+    paths[name], captions[name] = entry["image"], entry["captions"]
   images, texts, scores = [], [], []
   for number, row in enumerate(files.rows("expert_scores.tsv", "\t"), start=2):
     try:

@@ -1,7 +1,6 @@
 """COCO and Flickr30k, both ways; people's judgements of Flickr8k."""
 
 import gzip
-import json
 
 import numpy as np
 import pytest
@@ -173,5 +172,19 @@ def test_judgements_that_are_none(tmp_path, scores):
   write_judged(tmp_path, scores)
   with pytest.raises(UserError, match=r"expert_scores\.tsv, line 2: "):
     open_benchmark("flickr8k_expert", str(tmp_path), Options())
-  text = json.loads((tmp_path / "captions.jsonl").read_text().splitlines()[0])
-  assert text["captions"] == ["c0"]
+
+
+def test_tables_of_judged_pictures_that_are_none(tmp_path):
+  with pytest.raises(UserError, match=r"(?s)lacks captions\.jsonl.*expert_scores\.tsv"):
+    open_benchmark("flickr8k_expert", str(tmp_path), Options())
+  write_judged(tmp_path)
+  table = tmp_path / "captions.jsonl"
+  good = table.read_text()
+  for line, message in (
+    ('{"image": "p.jpg"}', "lacks 'captions'"),
+    ('{"image": "p.jpg", "captions": "c"}', "line 4: captions is not a list"),
+    ("[", "line 4: "),
+  ):
+    table.write_text(good + line)
+    with pytest.raises(UserError, match=message):
+      open_benchmark("flickr8k_expert", str(tmp_path), Options())

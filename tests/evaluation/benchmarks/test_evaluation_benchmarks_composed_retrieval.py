@@ -192,6 +192,11 @@ def test_fashioniq_files_that_do_not_fit(fashioniq, tmp_path):
   write_json(path, [entry])
   with pytest.raises(UserError, match="the target nobody of dress is in none"):
     open_benchmark("fashioniq", str(fashioniq), Options(tasks=("dress",)))
+  lists = fashioniq / "image_splits"
+  lists.unlink()
+  write_json(lists / "split.dress.val.json", {"B005X4PL1G": "train"})
+  with pytest.raises(UserError, match="is no list of names"):
+    open_benchmark("fashioniq", str(fashioniq), Options(tasks=("dress",)))
   del entry["target"]
   write_json(path, [entry])
   with pytest.raises(UserError, match=r"val\.json: an entry lacks 'target'"):
@@ -265,7 +270,7 @@ def test_composed_lines_that_are_not(tmp_path):
   for line, message in (
     ("{", r"line 7: "),
     ('{"reference": "i0.png", "text": "a"}', r"lacks 'target'"),
-    ('{"reference": 1, "text": "a", "target": "b"}', r"line 7: reference is no text"),
+    ('{"reference": 1, "text": "a", "target": "b"}', r"line 7: reference is not a str"),
   ):
     path.write_text(good + line + "\n")
     with pytest.raises(UserError, match=message):
