@@ -5,7 +5,8 @@
 Candidates are unit vectors made from a seed, a block at a time, in a memory-mapped file.
 `faiss` is a bare `IndexFlatIP`, filled before the clock starts; `nearest` is our call on a
 machine without an accelerator, which hands the blocks to FAISS; `jax` is our own form,
-which is what accelerators and meshes use. `ratio` is the median over the turns of the time
+which is what accelerators and meshes use; `torch` a product and `topk` of a block at a
+time on PyTorch's device. `ratio` is the median over the turns of the time
 of `faiss` divided by the side's own in that turn; `same` the share of its neighbours that
 are those of the first side. `extra_GB` is the most anonymous memory that a side's calls
 took beyond what the process held before, `anonymous_GB` the most that it held at all.
@@ -174,7 +175,35 @@ def _side(
     part = vectors[: 40 * _BLOCK]
     nearest(few, part, k, engine=engine)
     return lambda queries: nearest(queries, vectors, k, engine=engine)
+  if side == "torch":
+    search = TorchSearch(vectors, k)
+    search(few)
+    return search
   raise UserError(f"--sides: {side!r} is none of {', '.join(SIDES)}.")
+
+
+class TorchSearch:
+  """Blocks of the candidates against all queries, as one would write it in PyTorch."""
+
+  def __init__(self, vectors: np.ndarray, k: int):
+    import torch
+
+    self._torch, self._vectors, self._k = torch, vectors, k
+    self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(cores())
+
+  def __call__(self, queries: np.ndarray) -> Neighbours:
+    torch = self._torch
+    asked = torch.from_numpy(queries).to(self._device)
+    scores = torch.full((len(queries), self._k), -torch.inf, device=self._device)
+    rows = torch.full((len(queries), self._k), -1, device=self._device)
+    for first in range(0, len(self._vectors), _BLOCK):
+      block = torch.from_numpy(np.array(self._vectors[first : first + _BLOCK]))
+      found, at = (asked @ block.to(self._device).float().T).topk(self._k, dim=1)
+      both = torch.cat([scores, found], dim=1)
+      scores, chosen = both.topk(self._k, dim=1)
+      rows = torch.cat([rows, at + first], dim=1).gather(1, chosen)
+    return Neighbours(scores.cpu().numpy(), rows.cpu().numpy())
 
 
 class Anonymous:
