@@ -33,6 +33,7 @@ from gcl_jax.training.paper import paper_recipe
 
 _FLAGS = flags.FLAGS
 _LARGEST = 8192  # pairs a chip
+_WHOLE = ("all-gather", "collective-permute")  # the others end in a sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +155,18 @@ def _row(model: str, topology: str, fsdp: int, report: ahead.Report) -> Row:
 def table(rows: list[Row]) -> str:
   """The rows in Markdown."""
   lines = [
-    "| model | slice | pairs a chip | memory, GB | TFLOP | all-gather, MB | "
-    "other collectives, MB | bound | ms |",
+    "| model | slice | pairs a chip | memory, GB | TFLOP | gathered or passed on, MB | "
+    "reduced, MB | bound | ms |",
     "|---|---|---:|---:|---:|---:|---:|---|---:|",
   ]
   for row in rows:
-    gathered = row.collectives.get("all-gather", 0)
-    other = sum(row.collectives.values()) - gathered
+    gathered = sum(row.collectives.get(kind, 0) for kind in _WHOLE)
+    reduced = sum(row.collectives.values()) - gathered
     held = row.state_and_batch + row.temporaries
     lines.append(
       f"| {row.model} | {row.topology} | {row.pairs:,} | {held / 1e9:.1f} of "
       f"{row.memory / 1e9:.0f} | {row.flops / 1e12:.1f} | {gathered / 1e6:,.0f} | "
-      f"{other / 1e6:,.0f} | {row.bound} | {1e3 * row.seconds:,.0f} |"
+      f"{reduced / 1e6:,.0f} | {row.bound} | {1e3 * row.seconds:,.0f} |"
     )
   return "\n".join(lines)
 

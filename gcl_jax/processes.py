@@ -82,6 +82,19 @@ def barrier(name: str) -> None:
     service.wait_at_barrier(f"gcl_jax/{name}/{_times[name]}", _PATIENCE_MS)
 
 
+def told_by_first(name: str, text: str) -> str:
+  """The first process's text, on every process; all must ask, as often as the others."""
+  service = _service()
+  if service is None:
+    return text
+  key = f"gcl_jax/{name}/{_times[name]}"
+  _times[name] += 1
+  if is_first():
+    service.key_value_set(key, text)
+    return text
+  return service.blocking_key_value_get(key, _PATIENCE_MS)
+
+
 def leave(code: int) -> NoReturn:
   """Ends this process at once, without waiting for the others as an exit would.
 

@@ -10,17 +10,21 @@ from gcl_jax.checkpoints.folder import (
   write_result,
 )
 from gcl_jax.checkpoints.manager import Checkpoints, read_run
+from gcl_jax.checkpoints.shared import Contents, read_contents, wait_for_run
 from gcl_jax.checkpoints.whole import saved_steps
 
 __all__ = [
   "Checkpoints",
+  "Contents",
   "RunDescription",
   "is_run",
+  "read_contents",
   "read_description",
   "read_results",
   "read_run",
   "run_folder",
   "saved_steps",
+  "wait_for_run",
   "write_description",
   "write_result",
 ]

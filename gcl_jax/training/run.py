@@ -19,16 +19,14 @@ from ml_collections import ConfigDict
 from gcl_jax.checkpoints import (
   Checkpoints,
   RunDescription,
-  is_run,
-  read_description,
-  read_results,
+  read_contents,
   run_folder,
+  wait_for_run,
   write_description,
   write_result,
 )
 from gcl_jax.checkpoints.folder import check_free, keeping
 from gcl_jax.checkpoints.weights import weights_in_use
-from gcl_jax.checkpoints.whole import saved_steps
 from gcl_jax.data import Pipeline, Source, open_source
 from gcl_jax.errors import Preempted, UserError
 from gcl_jax.models import Model, read_pretrained, write_pretrained
@@ -115,8 +113,7 @@ def train(
   total_steps = _length(config, source)
   _check_batch(config, mesh, source)
   learning_rate_schedule(config.optimizer, total_steps)  # raises on a bad one
-  stored = read_description(workdir) if is_run(workdir) else None
-  saved = saved_steps(workdir)
+  stored, saved, results = read_contents(workdir)
   if stored:
     check_resumable(stored, config, len(source), str(workdir))
   if saved and saved[-1] > total_steps:
@@ -124,8 +121,6 @@ def train(
       f"{workdir} is at step {saved[-1]} already, beyond the {total_steps} steps that "
       "are asked for: raise config.steps, or start anew with another --workdir."
     )
-  # In this order on disk too: a step is whole before its result is written.
-  results = read_results(workdir)
   barrier("the folder was read")  # before any of us writes to it
   if total_steps in saved and total_steps in results:
     return Outcome(False, total_steps, results)
@@ -134,6 +129,7 @@ def train(
   batches = _pipeline(config, source, parts.processor, mesh)
   _describe(config, parts, total_steps, source, mesh, workdir)
   barrier("the folder is a run's")
+  wait_for_run(workdir)
   spool = Spool(workdir, fetch=("metrics.jsonl",))
   checkpoints = Checkpoints(
     workdir,

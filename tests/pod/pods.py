@@ -78,16 +78,24 @@ class Pod:
     return {line["step"]: line["loss"] for line in found}
 
   def consumed(self) -> dict[int, list[int]]:
-    """Records of the global batch that ends at a position, as last consumed."""
-    parts: dict[int, dict[int, list[int]]] = {}
-    for path in sorted(self.records.iterdir(), key=lambda p: p.stat().st_mtime_ns):
-      process = int(path.name.split("-")[0])
-      for line in map(json.loads, path.read_text().splitlines()):
-        parts.setdefault(line["position"], {})[process] = line["index"]
-    return {
-      position: [index for process in sorted(part) for index in part[process]]
-      for position, part in parts.items()
-    }
+    """Records of the global batch that ends at a position, as last consumed.
+
+    A set of processes that was stopped may have drawn a batch that the next one draws
+    again, and those who share a row of the mesh draw the same.
+    """
+    lines = [json.loads(x) for p in self.records.iterdir() for x in p.open()]
+    began: dict[str, float] = {}
+    for line in lines:
+      name = line["coordinator"]
+      began[name] = min(began.get(name, line["began"]), line["began"])
+    drawn: dict[int, dict[int, int]] = {}
+    last: dict[int, str] = {}
+    for line in sorted(lines, key=lambda line: began[line["coordinator"]]):
+      position, name = line["position"], line["coordinator"]
+      if last.get(position) != name:
+        last[position], drawn[position] = name, {}
+      drawn[position].update(zip(line["rows"], line["index"], strict=True))
+    return {k: [rows[row] for row in sorted(rows)] for k, rows in drawn.items()}
 
   def widths(self) -> list[dict[int, int]]:
     """Token width by position, of every process's file."""

@@ -40,6 +40,18 @@ def test_a_pod_that_is_preempted_goes_on_as_one_process(alone, tmp_path):
   assert pod.consumed() == alone.consumed()
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_fails_alone_holds_nobody(tmp_path, process):
+  # A save of the fourth step is under way, and asks the others for barriers.
+  pod = pods.Pod(tmp_path, "--config.steps=12", "--config.checkpoint.every=4")
+  started = time.monotonic()
+  logs = tmp_path / "logs"
+  output = pod.run(2, 1, code=1, FAIL_AT=f"{process}:{5 * BATCH}", LOGS=str(logs))
+  said = [output, (logs / "1.log").read_text()]
+  assert "a disk of this machine is gone" in said[process]
+  assert time.monotonic() - started < 60
+
+
 def disturb(pod, rng, kills, steps):
   """Ends random processes at random steps until the run ends by itself.
 

@@ -1,6 +1,7 @@
 """The loop with everything around it replaced: order of its acts, and when it stops."""
 
 import itertools
+import time
 import types
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def loop(
   fails_at=None,
   stopped_at=None,
   records=1000,
+  compiles_for=0.0,
+  evaluates_for=0.0,
+  written=None,
   **fields,
 ):
   config = default_config()
@@ -56,6 +60,8 @@ def loop(
   def step(carried, batch, constants):
     number = int(carried["step"]) + 1
     acts.append(f"step {number}")
+    time.sleep(compiles_for)
+    step.compile_seconds += compiles_for
     failed = int(carried["failed_step"])
     if failed < 0 and fails_at == number:
       failed = number
@@ -63,6 +69,16 @@ def loop(
     return state(number, bad, failed), {"loss": jnp.float32(1.0)}
 
   step.compile_seconds = 0.0
+
+  def evaluate(_, number):
+    acts.append(f"evaluate {number}")
+    time.sleep(evaluates_for)
+
+  def write(number, values):
+    acts.append(f"write {number}")
+    if written is not None:
+      written[number] = values
+
   result = run_loop(
     state(start),
     config=config,
@@ -78,10 +94,8 @@ def loop(
       save=lambda number, _, position: acts.append(f"save {number} at {position}"),
       wait=lambda: acts.append("wait"),
     ),
-    evaluate=lambda _, number: acts.append(f"evaluate {number}"),
-    writer=types.SimpleNamespace(
-      write=lambda number, values: acts.append(f"write {number}")
-    ),
+    evaluate=evaluate,
+    writer=types.SimpleNamespace(write=write),
     watch=lambda *_: None,
     stop=types.SimpleNamespace(asked=lambda: next(asked) == stopped_at),
     workdir=Path("nowhere"),
@@ -96,6 +110,15 @@ def test_a_stop_saves_the_step_and_evaluates_nothing():
     loop(9, acts=acts, stopped_at=4, **{"eval.every": 4})
   assert acts[-3:] == ["write 4", "save 4 at 16", "wait"]
   assert not any(act.startswith("evaluate") for act in acts)
+
+
+@pytest.mark.parametrize("lost", ["compiles_for", "evaluates_for"])
+def test_rates_leave_out_compilations_and_evaluations(lost):
+  written = {}
+  loop(3, written=written, **{lost: 0.2, "log.every": 1, "eval.every": 1})
+  assert written.keys() == {1, 2, 3}
+  # Four pairs in 0.2 seconds would be twenty a second.
+  assert min(values["pairs_per_second"] for values in written.values()) > 100
 
 
 def test_a_step_is_saved_before_it_is_evaluated_and_the_last_always():
