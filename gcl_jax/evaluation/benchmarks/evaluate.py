@@ -54,9 +54,10 @@ def evaluate_benchmark(
   for flag, value, known in (("fusion", fusion, FUSIONS), ("stored", stored, STORED)):
     if value not in known:
       raise UserError(f"--{flag}={value}: there are {', '.join(known)}.")
-  export = RunExport(export_run) if export_run else None
   embedding = Embedding(embedder, benchmark.pictures, fusion, stored)
+  export = None
   try:
+    export = RunExport(export_run) if export_run else None
     started = time.monotonic()
     banks = _banks(benchmark, embedding, progress)
     embedded = time.monotonic()

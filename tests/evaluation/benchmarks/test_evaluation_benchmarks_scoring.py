@@ -135,6 +135,7 @@ def test_excluded_rows_are_not_found_and_answers_among_them_do_not_count():
   )
   assert done.result["recall"]["1"] == 50
   assert done.result["recall"]["20"] == 50  # the second's answer may not be found
+  assert done.result["ties"]["20"] == [50, 50]
   assert done.found.rows[0].tolist()[:3] == [1, 2, 3]
   assert done.found.rows[1].tolist()[:2] == [2, 3]
 
