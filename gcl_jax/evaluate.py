@@ -1,11 +1,14 @@
-"""Evaluates a model in nine directions: python -m gcl_jax.evaluate --checkpoint=...
+"""Evaluates a model: python -m gcl_jax.evaluate --checkpoint=...
 
-The checkpoint is a run's folder, a Hugging Face folder or a hub id; the data is any
-source of pairs.
+In nine directions on any source of pairs (--data), or on a public benchmark in its
+official files (--benchmark, --root). The checkpoint is a run's folder, a Hugging Face
+folder or a hub id.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from absl import flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
+from gcl_jax.fusion import FusionSettings
 from gcl_jax.open_model import open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
@@ -38,12 +42,45 @@ def _define_flags() -> None:
   flags.DEFINE_bool("center", False, "also after subtracting each modality's mean")
   flags.DEFINE_integer("items", 0, "at most so many items; 0: all")
   flags.DEFINE_integer("batch_size", 64, "documents embedded at a time")
+  _define_benchmark_flags()
+
+
+def _define_benchmark_flags() -> None:
+  flags.DEFINE_string(
+    "benchmark",
+    "",
+    "mbeir, mmeb, covr, cirr, fashioniq, coco, flickr30k, flickr8k_expert, composed",
+  )
+  flags.DEFINE_string("root", "", "the benchmark's folder, laid out as published")
+  flags.DEFINE_string("images", "", "where its pictures or videos are, if not there")
+  flags.DEFINE_list("tasks", [], "some of the benchmark's tasks, as cirr_task7")
+  flags.DEFINE_string("pool", "", "of mbeir: local (the default), union, both")
+  flags.DEFINE_string(
+    "instructions", "", "of mbeir: first, random, none; of mmeb: stored, none"
+  )
+  flags.DEFINE_integer("prompt_seed", 2023, "of --instructions=random")
+  flags.DEFINE_string("mode", "", "of mmeb: multimodal, unimodal")
+  flags.DEFINE_string("targets", "", "of covr: mean of the frames, query, middle")
+  flags.DEFINE_string(
+    "fusion", "", "raw, unit, checkpoint; by default the benchmark's official one"
+  )
+  flags.DEFINE_string("stored", "", "float16, float32: what embeddings are kept in")
+  flags.DEFINE_string(
+    "export_run", "", "a new folder for embeddings, qrels and TREC runs"
+  )
 
 
 def main() -> None:
   """Flags in, one evaluation, a table and a JSON file."""
   output = as_path(_FLAGS.output) if _FLAGS.output else None
   check_output(output)
+  if _FLAGS.benchmark:
+    _evaluate_benchmark(output)
+  else:
+    _evaluate_pairs(output)
+
+
+def _evaluate_pairs(output: AnyPath | None) -> None:
   model = open_model(_FLAGS.checkpoint, _FLAGS.step, batch_size=_FLAGS.batch_size)
   if not (model.is_run or _FLAGS.data):
     raise UserError(
@@ -62,12 +99,74 @@ def main() -> None:
   result["split"] = _FLAGS.split
   rows = {Path(_FLAGS.checkpoint).name: result}
   print(render(rows, center=_FLAGS.center, notes=model.notes))
-  if output:
-    try:
-      write_whole(output, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-      raise UserError(f"--output={output} cannot be written: {error}.") from error
-    print(f"written: {output}")
+  _write(output, result)
+
+
+def _evaluate_benchmark(output: AnyPath | None) -> None:
+  from gcl_jax.evaluation.benchmarks import (
+    Options,
+    evaluate_benchmark,
+    open_benchmark,
+    table_of,
+  )
+  from gcl_jax.retrieval.identity import identity
+
+  options = Options(
+    tasks=tuple(_FLAGS.tasks),
+    **{
+      name: _FLAGS[name].value
+      for name in ("images", "pool", "instructions", "prompt_seed", "mode", "targets")
+    },
+  )
+  benchmark = open_benchmark(_FLAGS.benchmark, _FLAGS.root, options)
+  model = open_model(_FLAGS.checkpoint, _FLAGS.step, batch_size=_FLAGS.batch_size)
+  result = evaluate_benchmark(
+    benchmark,
+    model.embedder,
+    fusion=_FLAGS.fusion,
+    stored=_FLAGS.stored,
+    export_run=_FLAGS.export_run,
+    progress=_progress,
+  )
+  result["checkpoint"] = _FLAGS.checkpoint
+  result["step"] = model.step
+  result["model"] = identity(model.embedder)
+  result["config_sha256"] = _digest(model.embedder.config)
+  result["notes"] = [*model.notes, *fusion_notes(result)]
+  print(table_of(result))
+  _write(output, result)
+
+
+def fusion_notes(result: dict) -> list[str]:
+  """Says where documents were fused otherwise than the model was trained to."""
+  used, own = result["protocol"]["fusion"], result["model"]["fusion"]
+  plain = own == FusionSettings(of=own["of"]).to_dict()
+  if used in ("checkpoint", own["of"]) and (plain or used == "checkpoint"):
+    return []
+  return [
+    f"documents were fused by the benchmark's protocol ({used}); this model's own is "
+    f"{own['of']}, weights {own['image_weight']:g} and {own['text_weight']:g}: "
+    "--fusion=checkpoint"
+  ]
+
+
+def _digest(config) -> str:
+  """SHA-256 of a run's config, or of a Hugging Face model's."""
+  if dataclasses.is_dataclass(config):
+    config = dataclasses.asdict(config)
+  fields = config.to_dict() if hasattr(config, "to_dict") else config
+  text = json.dumps(fields, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(output: AnyPath | None, result: dict) -> None:
+  if output is None:
+    return
+  try:
+    write_whole(output, json.dumps(result, indent=1) + "\n")
+  except OSError as error:
+    raise UserError(f"--output={output} cannot be written: {error}.") from error
+  print(f"written: {output}")
 
 
 def check_output(output: AnyPath | None) -> None:

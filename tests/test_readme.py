@@ -1,5 +1,6 @@
-"""What the README prints runs as printed."""
+"""What the README and the pages of docs print runs as printed."""
 
+import functools
 import os
 import re
 import subprocess
@@ -11,14 +12,17 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands() -> list[str]:
-  text = "\n".join(blocks("bash")).replace("\\\n", " ")
+  """Of all pages."""
+  found = [block for page in PAGES for block in blocks("bash", page)]
+  text = "\n".join(found).replace("\\\n", " ")
   return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
@@ -42,29 +46,34 @@ def test_the_test_command_is_the_one_that_ci_runs():
   assert any("pip install" in line and "requirements-test.txt" in line for line in ci)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "python -m" in c])
-def test_every_command_names_recipes_and_flags_that_exist(command):
-  for recipe in re.findall(r"--config=(\S+?)(?::\w+)?(?:\s|$)", command):
-    assert (ROOT / recipe).is_file(), recipe
-  tool = re.search(r"python -m (gcl_jax(?:\.\w+)+|benchmarks\.\w+)", command)[1]
-  flags = subprocess.run(
+@functools.cache
+def help_of(tool: str) -> str:
+  return subprocess.run(
     [sys.executable, "-m", tool, "--helpfull"],
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=60,
   ).stdout
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "python -m" in c])
+def test_every_command_names_recipes_and_flags_that_exist(command):
+  for recipe in re.findall(r"--config=(\S+?)(?::\w+)?(?:\s|$)", command):
+    assert (ROOT / recipe).is_file(), recipe
+  tool = re.search(r"python -m (gcl_jax(?:\.\w+)+|benchmarks\.\w+)", command)[1]
+  flags = help_of(tool)
   for flag in re.findall(r"--(\w+)=", command.replace("--config.", "--config_")):
     if flag.startswith("config_"):
       continue
     assert f"--{flag}" in flags or f"--[no]{flag}" in flags, flag
 
 
-def test_fields_of_the_readme_are_fields_of_the_config():
+def test_fields_of_the_pages_are_fields_of_the_config():
   from gcl_jax.training.config import default_config
 
   known = default_config()
-  for field in set(re.findall(r"--config\.([\w.]+)=", README)):
+  for field in set(re.findall(r"--config\.([\w.]+)=", "\n".join(PAGES))):
     node = known
     for name in field.split("."):
       assert name in node, field

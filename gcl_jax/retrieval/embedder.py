@@ -103,6 +103,7 @@ class Embedder:
     images: Sequence[ImageSource | None] | None = None,
     texts: Sequence[str | None] | None = None,
     *,
+    normalize: bool = True,
     progress: Progress | None = None,
   ) -> np.ndarray:
     """Unit embeddings, float32 (N, D), in the order of the documents.
@@ -116,11 +117,14 @@ class Embedder:
       images: encoded bytes, paths or PIL images, None where a document has none; the
         whole argument None where no document has one. They are decoded batch by batch.
       texts: the same for texts; what is too long is cut, its end token kept.
+      normalize: False gives the projected vectors at the length that the model gives
+        them; then every document has one modality, since fusion is between units.
       progress: called with (documents done, N) after every batch.
 
     Raises:
       UserError: the lists do not fit, document k has neither image nor text, or its
         image cannot be read; the message names k.
+      ValueError: a document with both is not to be normalised.
 
     Across processes (a mesh that spans them) every process must call this with the
     same documents, and gets all rows.
@@ -141,6 +145,8 @@ class Embedder:
 
     with ThreadPoolExecutor(self._threads) as pool:
       for batch in self._batches(documents):
+        if not normalize:
+          batch = batch._replace(output=_projected(batch.kind))
         waiting.append((batch.rows, self._run(batch, documents, pool)))
         collect(left=_IN_FLIGHT)
       collect(left=0)
@@ -225,7 +231,7 @@ class Embedder:
     if batch.tokens is not None:
       inputs["tokens"] = _padded(batch.tokens, size)[mine]
     sent = put_batch(self.mesh, inputs)
-    return self._functions[batch.kind](self.params, *sent.values())
+    return self._functions[batch.output or batch.kind](self.params, *sent.values())
 
   def _together(self, decode: Callable[[], list[np.ndarray]]) -> np.ndarray:
     """Decodes; raises on every process where it fails on one."""
@@ -254,21 +260,30 @@ class _Batch(NamedTuple):
   kind: str  # "image", "text" or "both"
   rows: list[int]  # positions among the documents
   tokens: np.ndarray | None  # (len(rows), L) int32
+  output: str = ""  # the function's name where it is not the kind
 
 
 @functools.lru_cache(maxsize=16)
 def _functions(model: Model, image: ImageProcessor, mesh: Mesh) -> dict[str, Callable]:
-  """One compiled function per kind of document: (params, inputs) -> (B, D) unit rows.
+  """One compiled function per kind of document: (params, inputs) -> (B, D) unit rows,
+  and two more for projected vectors as they are.
 
   Cached, so that embedders of one model share what is compiled. The result is gathered
   to every device: one all-gather of (B, D).
   """
 
+  def project_image(params, pixels):
+    rows = model.bind(params).embed_image(image.normalize(pixels))
+    return rows.astype(jnp.float32)
+
+  def project_text(params, tokens):
+    return model.bind(params).embed_text(tokens).astype(jnp.float32)
+
   def embed_image(params, pixels):
-    return _unit(model.bind(params).embed_image(image.normalize(pixels)))
+    return _unit(project_image(params, pixels))
 
   def embed_text(params, tokens):
-    return _unit(model.bind(params).embed_text(tokens))
+    return _unit(project_text(params, tokens))
 
   def embed_both(params, pixels, tokens):
     return fuse(*model.bind(params).embed_pair(image.normalize(pixels), tokens))
@@ -278,12 +293,19 @@ def _functions(model: Model, image: ImageProcessor, mesh: Mesh) -> dict[str, Cal
     "image": compiled(embed_image),
     "text": compiled(embed_text),
     "both": compiled(embed_both),
+    _projected("image"): compiled(project_image),
+    _projected("text"): compiled(project_text),
   }
+
+
+def _projected(kind: str) -> str:
+  if kind == "both":
+    raise ValueError("a document with both is fused from unit vectors: normalize=True")
+  return f"projected {kind}"
 
 
 def _unit(rows: jax.Array) -> jax.Array:
   """Rows of length 1, the floor as in `score_fusion`."""
-  rows = rows.astype(jnp.float32)
   norm = jnp.sqrt(jnp.sum(rows * rows, axis=-1, keepdims=True))
   return rows / jnp.maximum(norm, NORM_FLOOR)
 

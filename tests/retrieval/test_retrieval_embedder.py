@@ -121,6 +121,15 @@ def test_values_by_hand_in_the_order_of_the_documents(known, tokenizer, tmp_path
   np.testing.assert_allclose(got, [unit(row) for row in want], atol=2e-6)
 
 
+def test_projected_vectors_keep_their_length(known, tokenizer):
+  got = known.embed([picture("red"), None], [None, "blue"], normalize=False)
+  want = [known_image((255, 0, 0)), known_text("blue", tokenizer)]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert np.linalg.norm(got[1]) > 2
+  with pytest.raises(ValueError, match="normalize=True"):
+    known.embed([picture("red")], ["blue"], normalize=False)
+
+
 def test_one_list_alone(known, tokenizer):
   got = known.embed(texts=TEXTS)
   want = [unit(known_text(text, tokenizer)) for text in TEXTS]
