@@ -35,6 +35,11 @@ def cell_name(q: int, c: int) -> str:
   return f"{LETTERS[q]}->{LETTERS[c]}"
 
 
+def direction_names() -> list[str]:
+  """All nine, query by query."""
+  return [cell_name(q, c) for q, c in CELLS]
+
+
 def evaluate_nine(
   items: Items,
   embed: EmbedFn,
