@@ -31,6 +31,7 @@ FLOORS = {
   "train": 7,
   "evaluate": 7,
   "embed": 7,
+  "search": 7,
   "export": 7,
   "report": 7,
 }

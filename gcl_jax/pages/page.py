@@ -26,28 +26,33 @@ _FOLDER = Path(__file__).parent / "templates"
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}")
 
 
-def render(template: str, *, connect: bool = False, **values) -> str:
+def render(
+  template: str, *, script: str = "page.js", connect: bool = False, **values
+) -> str:
   """The page of a template of this room, which extends `base.html`.
 
   Args:
     template: file name in `templates/`.
+    script: the same, of its script.
     connect: whether the page may talk to the server that it came from.
     values: what the template shows; strings are escaped.
   """
-  style, script = _file("style.css"), _file("page.js")
-  return (
-    _environment()
-    .get_template(template)
-    .render(
-      version=__version__,
-      style=style,
-      script=script,
-      style_hash=_hash(style),
-      script_hash=_hash(script),
-      connect=connect,
-      **values,
-    )
+  style, code = _file("style.css"), _file(script)
+  return fill(
+    template,
+    version=__version__,
+    style=style,
+    script=code,
+    style_hash=_hash(style),
+    script_hash=_hash(code),
+    connect=connect,
+    **values,
   )
+
+
+def fill(template: str, **values) -> str:
+  """A template that is a part of a page."""
+  return _environment().get_template(template).render(**values)
 
 
 def is_picture(text: object) -> bool:
