@@ -64,7 +64,8 @@ def _about(searcher: Searcher) -> dict[str, str]:
   return {
     "name": os.path.basename(os.path.abspath(searcher.index.folder)),
     "counts": ", ".join(f"{counts[name]:,} {name}" for name in searcher.modalities),
-    "checkpoint": str(manifest.get("checkpoint", "")),
+    # Its last name: the page may be seen by others than this machine's.
+    "checkpoint": str(manifest.get("checkpoint", "")).rstrip("/").split("/")[-1],
   }
 
 

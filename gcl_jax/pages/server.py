@@ -129,6 +129,8 @@ def serve(searcher: Searcher, *, host: str, port: int) -> None:
 
 def bound(host: str, port: int) -> socket.socket:
   """A listening socket. Raises UserError where the address cannot be had."""
+  if not 0 <= port < 1 << 16:
+    raise UserError(f"--port={port}: a port is a number from 0 to 65535.")
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
