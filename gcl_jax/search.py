@@ -7,7 +7,9 @@ on which a person asks.
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -52,6 +54,7 @@ def main() -> None:
   """Flags in, answers out."""
   from gcl_jax.pages import check_page
   from gcl_jax.retrieval import read_index
+  from gcl_jax.retrieval.searcher import check_query
 
   if not _FLAGS.index:
     raise UserError("name an index: --index=<a folder that gcl_jax.embed wrote>")
@@ -60,7 +63,7 @@ def main() -> None:
   if page is not None:
     check_page(page, "--html")
   index = read_index(_FLAGS.index)
-  _check(index)
+  check_query(index, _FLAGS.k, _FLAGS.modality)  # before the model is loaded
   searcher = _searcher(index)
   if _FLAGS.serve:
     from gcl_jax.pages.server import serve
@@ -85,9 +88,6 @@ def as_json(hits: Sequence[Hit]) -> str:
 
 def table(hits: Sequence[Hit], *, width: int | None = None) -> str:
   """The answers as plain text, as wide as the terminal or 100 columns."""
-  import io
-  import shutil
-
   from rich import box
   from rich.console import Console
   from rich.table import Table
@@ -130,13 +130,6 @@ def _query() -> Image.Image | None:
     return decode_image(_FLAGS.image)
   except ImageError as error:
     raise UserError(f"--image={error}.") from None
-
-
-def _check(index: Index) -> None:
-  """What can be refused before the model is loaded."""
-  from gcl_jax.retrieval.searcher import Searcher
-
-  Searcher(index, None).check(_FLAGS.k, _FLAGS.modality)
 
 
 def _searcher(index: Index) -> Searcher:

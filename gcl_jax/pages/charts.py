@@ -123,9 +123,7 @@ def bar_chart(
   }
 
 
-def scatter_chart(
-  clouds: Sequence[Mapping], reach: float, *, x_title: str, y_title: str
-) -> dict:
+def scatter_chart(clouds: Sequence[Mapping], reach: float) -> dict:
   """Points around the origin of a square, -reach to reach both ways.
 
   clouds: each {"name", "style", "x", "y", "mean": (x, y) or None}.
@@ -134,7 +132,8 @@ def scatter_chart(
   x = linear_scale(-reach, reach, pad, SIDE - pad)
   y = linear_scale(-reach, reach, SIDE - pad, pad)
   return {
-    **_frame(SIDE, SIDE, x_title, y_title),
+    "width": SIDE,
+    "height": SIDE,
     "centre": {"x": round(x(0), 1), "y": round(y(0), 1)},
     "bar": {"from": pad, "to": round(pad + x(0.5) - x(0), 1), "y": SIDE - pad},
     "clouds": [
@@ -156,7 +155,7 @@ def scatter_chart(
 def stacked_bars(rows: Sequence[Mapping]) -> dict:
   """Bars that each sum to 100, one under another.
 
-  rows: each {"name", "parts": [{"name", "style", "value"}], "mark": value or None}.
+  rows: each {"name", "parts": [{"name", "style", "value"}]}.
   """
   left, bar, gap, head = 52, 26, 10, 6
   x = linear_scale(0, 100, left, WIDTH - RIGHT)
@@ -176,7 +175,6 @@ def stacked_bars(rows: Sequence[Mapping]) -> dict:
         }
       )
       at += part["value"]
-    mark = row["mark"]
     drawn.append(
       {
         "name": row["name"],
@@ -184,7 +182,6 @@ def stacked_bars(rows: Sequence[Mapping]) -> dict:
         "text_y": y + bar / 2 + 4,
         "bar": bar,
         "parts": parts,
-        "mark": None if mark is None else round(x(mark), 1),
       }
     )
   axis = [{"at": round(x(t), 1), "text": f"{t:.0f}"} for t in (0, 25, 50, 75, 100)]

@@ -314,8 +314,6 @@ def _gap(results: Sequence[tuple[int, Result]]) -> list[dict]:
             for modality in MODALITIES
           ],
           max(reach, 1e-6),
-          x_title="first component",
-          y_title="second component",
         ),
       }
     )
@@ -340,7 +338,6 @@ def _share_charts(results: Sequence[tuple[int, Result]]) -> list[dict]:
         rows.append(
           {
             "name": modality,
-            "mark": None,
             "parts": [
               {"name": other, "style": other, "value": value}
               for other, value in zip(MODALITIES, values, strict=True)

@@ -23,6 +23,7 @@ from gcl_jax.paths import AnyPath, as_path
 POOLS = ("local", "global")
 GROUPS = ("same", "other")
 SHOWN_KS = (1, 5, 10)
+_LARGEST = 1e15  # that a count or a number of ours can be
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _read(path: AnyPath) -> dict:
     )
   try:
     data = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON: {error}.") from error
   if not isinstance(data, dict) or not any(view in data for view in VIEWS):
     raise UserError(
@@ -151,7 +152,7 @@ class _Reader:
     if self.value is None and none:
       return None
     kind = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
-    if not kind or not math.isfinite(self.value):
+    if not kind or not abs(self.value) < _LARGEST:  # NaN is not below it either
       raise self.fail()
     return self.value
 
@@ -316,6 +317,6 @@ def _loss(line: str) -> tuple[float, float] | None:
   try:
     values = json.loads(line)
     point = float(values["step"]), float(values["loss"])
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, OverflowError):
     return None  # a line of an evaluation, or one that a kill cut short
   return point if all(map(math.isfinite, point)) else None

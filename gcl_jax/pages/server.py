@@ -62,13 +62,13 @@ def make_app(searcher: Searcher, *, host: str = "127.0.0.1") -> Any:
     return HTMLResponse(page, headers=_HEADERS)
 
   async def search(request: Request) -> Response:
-    data = b""
+    data = bytearray()
     async for chunk in request.stream():
       data += chunk
       if len(data) > MOST_BYTES:
         return refused(_too_large(), 413)
     try:
-      return await run_in_threadpool(answer, dict(request.query_params), data)
+      return await run_in_threadpool(answer, dict(request.query_params), bytes(data))
     except (UserError, ImageError) as error:
       return refused(str(error))
 

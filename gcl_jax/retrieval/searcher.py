@@ -45,8 +45,7 @@ class Searcher:
   @property
   def modalities(self) -> list[str]:
     """Those that the index holds documents of."""
-    counts = self.index.manifest["modalities"]
-    return [name for name in MODALITIES if counts.get(name)]
+    return _modalities(self.index)
 
   def ask(
     self,
@@ -68,7 +67,7 @@ class Searcher:
     text = text.strip()
     if not text and image is None:
       raise UserError("ask with a text, a picture, or both.")
-    self.check(k, modality)
+    check_query(self.index, k, modality)
     query = self._embedder.embed([image], [text or None])
     found = self.index.search(query, k, modality=modality, exact=self._exact)
     rows = [int(row) for row in found.rows[0] if row >= 0]
@@ -87,18 +86,24 @@ class Searcher:
       )
     ]
 
-  def check(self, k: int, modality: str | None) -> None:
-    """Raises UserError as `ask`, before anything compiles."""
-    if k < 1:
-      raise UserError(f"k={k}: ask for at least one answer.")
-    if modality is not None and modality not in self.modalities:
-      raise UserError(
-        f"the index holds no {modality} documents: it holds"
-        f" {' and '.join(self.modalities) or 'nothing'}."
-      )
-
   def warm_up(self) -> None:
     """Compiles what queries of either kind and of both need."""
     picture = Image.new("RGB", (32, 32))
     for text, image in (("a", None), ("", picture), ("a", picture)):
       self._embedder.embed([image], [text or None])
+
+
+def check_query(index: Index, k: int, modality: str | None) -> None:
+  """Raises UserError where k is below 1 or the index holds nothing of that modality."""
+  if k < 1:
+    raise UserError(f"k={k}: ask for at least one answer.")
+  if modality is not None and modality not in _modalities(index):
+    raise UserError(
+      f"the index holds no {modality} documents: it holds"
+      f" {' and '.join(_modalities(index)) or 'nothing'}."
+    )
+
+
+def _modalities(index: Index) -> list[str]:
+  counts = index.manifest["modalities"]
+  return [name for name in MODALITIES if counts.get(name)]

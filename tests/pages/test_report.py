@@ -1,5 +1,6 @@
 """The report's page: what is in the files is on it, escaped, and what is not is said."""
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pages_fakes import STRANGE, evaluation, write, write_run
 
 from gcl_jax.errors import UserError
 from gcl_jax.pages import check_page, read_results, report_page, write_page
-from gcl_jax.pages.charts import bar_chart, line_chart, ticks
+from gcl_jax.pages.charts import bar_chart, line_chart, scatter_chart, ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("summary", "heat", "curves", "gap", "shares", "ranks", "losses", "examples")
@@ -60,6 +61,13 @@ def cells(html):
 
 
 def test_heat_maps_hold_every_recall(tmp_path, even, apart):
+  even, apart = (json.loads(json.dumps(result)) for result in (even, apart))
+  values = itertools.count(0, 1.3)
+  for result in (even, apart):
+    for view in ("plain", "centered"):
+      for pool in ("local", "global"):
+        for cell in result[view][pool]["cells"].values():
+          cell["R@1"] = next(values) % 100  # no two alike, whatever is swapped
   page = page_of(tmp_path, even=even, apart=apart)
   shown = cells(section(page, "heat"))
   expected = [
@@ -72,7 +80,7 @@ def test_heat_maps_hold_every_recall(tmp_path, even, apart):
   assert len(expected) == 72
   assert [text for text, _ in shown] == [f"{value:.1f}" for value in expected]
   assert [int(level) for _, level in shown] == [round(value / 10) for value in expected]
-  assert {0.0, 100.0} <= set(expected)
+  assert len(set(expected)) == 72
 
 
 def test_the_summary_holds_the_means(tmp_path, even, apart):
@@ -110,6 +118,30 @@ def test_curves_and_ranks_are_the_counts(tmp_path, apart):
   bins = [float(x) for x in re.findall(r"<td>([\d.]+)", row)]
   assert sum(bins) == pytest.approx(100, abs=0.5)
   assert bins[0] == 0
+
+
+def test_shares_are_by_query_and_answer(tmp_path, even):
+  result = json.loads(json.dumps(even))
+  shares = result["plain"]["top10_share"]
+  for place, name in enumerate(shares):
+    shares[name] = 10.0 + place
+  html = section(page_of(tmp_path, one=result), "shares")
+  assert list(shares)[1] == "i->t"
+  assert "image asks: 11.0 % of the top 10 are text" in html
+  assert "text asks: 13.0 % of the top 10 are image" in html
+  assert "fused asks: 17.0 % of the top 10 are text" in html
+
+
+def test_points_keep_their_place():
+  cloud = {"name": "text", "style": "text", "x": [1, -2], "y": [2, 0], "mean": [0, 0]}
+  chart = scatter_chart([cloud], 2)
+  (drawn,) = chart["clouds"]
+  right_and_up, left = drawn["points"]
+  assert drawn["mean"] == chart["centre"]
+  assert left["x"] < chart["centre"]["x"] < right_and_up["x"]
+  assert right_and_up["y"] < chart["centre"]["y"] == left["y"]
+  half = chart["bar"]["to"] - chart["bar"]["from"]
+  assert right_and_up["x"] - chart["centre"]["x"] == pytest.approx(2 * half, abs=0.2)
 
 
 def test_everything_from_a_file_is_escaped(tmp_path):
@@ -251,6 +283,7 @@ def damage(result, path, value):
       "plain.local.cells.i->t.R@1 is '9'",
     ),
     (("plain", "global", "cells", "i->t", "R@1"), float("nan"), "R@1 is nan"),
+    (("plain", "global", "cells", "i->t", "R@1"), 10**400, "R@1 is 1000"),
     (("plain", "global", "cells", "t->t", "found"), [1], "t->t.found is [1]"),
     (("plain", "global", "ladder"), "x", "plain.global.ladder is 'x'"),
     (("plain", "global", "same", "cells"), ["x"], "plain.global.same.cells is ['x']"),
