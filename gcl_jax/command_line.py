@@ -6,6 +6,7 @@ command again. 130: stopped by the keyboard. Anything else is a bug, with its tr
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -20,14 +21,22 @@ from gcl_jax.errors import Preempted, UserError
 RESTART_ME = os.EX_TEMPFAIL
 
 
-def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+def run(
+  main: Callable[..., None], *, resumable: bool = False, takes_files: bool = False
+) -> None:
   """Parses the flags and calls `main`; ends the process.
 
   Args:
     main: the command.
     resumable: whether the same command goes on after it was stopped, and says so.
+    takes_files: whether `main` is called with the arguments that are no flags.
   """
-  app.run(lambda _: _guarded(main, resumable), flags_parser=_parse)
+
+  def start(argv: Sequence[str]) -> None:
+    called = functools.partial(main, argv[1:]) if takes_files else main
+    _guarded(called, resumable)
+
+  app.run(start, flags_parser=functools.partial(_parse, takes_files=takes_files))
 
 
 def _guarded(main: Callable[[], None], resumable: bool) -> None:
@@ -77,7 +86,7 @@ def _ended_well(main: Callable[[], None], resumable: bool) -> None:
     sys.exit(130)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], takes_files: bool) -> Sequence[str]:
   """Absl's parser, whose every complaint becomes one message."""
   try:
     _check_recipe(argv)
@@ -92,7 +101,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     _fail(_unknown_field(argv, error))
   except (TypeError, ValueError) as error:
     _fail(f"{error}. See --help.")
-  if len(rest) > 1:
+  if len(rest) > 1 and not takes_files:
     _fail(f"{rest[1]!r} is not a flag: flags begin with --. See --help.")
   return rest
 

@@ -22,6 +22,7 @@ from gcl_jax.open_model import open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
 _FLAGS = flags.FLAGS
+POINTS = 100  # items of each bank that the report's plot of the banks shows
 
 
 def _define_flags() -> None:
@@ -41,6 +42,9 @@ def _define_flags() -> None:
   flags.DEFINE_string("output", "", "the JSON file to write")
   flags.DEFINE_bool("center", False, "also after subtracting each modality's mean")
   flags.DEFINE_integer("items", 0, "at most so many items; 0: all")
+  flags.DEFINE_integer(
+    "examples", 0, "so many queries with what they found, for gcl_jax.report", 0
+  )
   flags.DEFINE_integer("batch_size", 64, "documents embedded at a time")
   _define_benchmark_flags()
 
@@ -94,7 +98,13 @@ def _evaluate_pairs(output: AnyPath | None) -> None:
   items = build_items(
     open_source(model.data, split=_FLAGS.split), limit=_FLAGS.items or None
   )
-  result = evaluate_nine(items, model.embedder.embed, progress=_progress)
+  result = evaluate_nine(
+    items,
+    model.embedder.embed,
+    progress=_progress,
+    points=POINTS,
+    examples=_FLAGS.examples,
+  )
   result["checkpoint"] = _FLAGS.checkpoint
   result["split"] = _FLAGS.split
   rows = {Path(_FLAGS.checkpoint).name: result}

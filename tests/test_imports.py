@@ -27,10 +27,13 @@ FLOORS = {
   "evaluation": 5,
   "command_line": 6,
   "open_model": 6,
+  "pages": 6,
   "train": 7,
   "evaluate": 7,
   "embed": 7,
+  "search": 7,
   "export": 7,
+  "report": 7,
 }
 # A command line that stays beside what it runs: flags and one call, imported by nobody.
 COMMANDS = {"data/pack.py": 7, "evaluation/benchmarks/rebuild_mbeir.py": 7}

@@ -9,10 +9,11 @@ from gcl_jax.evaluation.choose import (
   scalars,
 )
 from gcl_jax.evaluation.items import Item, Items, build_items
-from gcl_jax.evaluation.nine import evaluate_nine
+from gcl_jax.evaluation.nine import VIEWS, direction_names, evaluate_nine
 from gcl_jax.evaluation.tables import render, rows_of, to_markdown
 
 __all__ = [
+  "VIEWS",
   "EmbedFn",
   "Item",
   "Items",
@@ -20,6 +21,7 @@ __all__ = [
   "build_items",
   "check_metric",
   "choose_step",
+  "direction_names",
   "evaluate_nine",
   "metric_names",
   "render",

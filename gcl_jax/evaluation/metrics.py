@@ -87,6 +87,20 @@ def recall_at(ranks: np.ndarray, k: int) -> float | None:
   return float(100 * np.mean(ranks <= k)) if len(ranks) else None
 
 
+def ladder(pool: int) -> list[int]:
+  """1, 2, 5, 10, 20, 50, ... up to the first that is not below `pool`."""
+  steps = [1]
+  while steps[-1] < pool:
+    first = int(str(steps[-1])[0])
+    steps.append(steps[-1] * 5 // 2 if first == 2 else steps[-1] * 2)
+  return steps
+
+
+def found_by(ranks: np.ndarray, ks: Sequence[int]) -> list[int]:
+  """How many of the ranks are at most k, for each k."""
+  return [int(np.count_nonzero(ranks <= k)) for k in ks]
+
+
 def median_rank(ranks: np.ndarray) -> float | None:
   """The median of the ranks; None without any."""
   return float(np.median(ranks)) if len(ranks) else None

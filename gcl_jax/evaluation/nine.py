@@ -16,7 +16,9 @@ import numpy as np
 
 from gcl_jax.evaluation import metrics
 from gcl_jax.evaluation.banks import CHUNK, MODALITIES, Banks, EmbedFn, embed_items
+from gcl_jax.evaluation.examples import make_examples
 from gcl_jax.evaluation.items import Items
+from gcl_jax.evaluation.sketch import sketch
 
 LETTERS = ("i", "t", "it")
 VIEWS = ("plain", "centered")
@@ -33,6 +35,11 @@ def cell_name(q: int, c: int) -> str:
   return f"{LETTERS[q]}->{LETTERS[c]}"
 
 
+def direction_names() -> list[str]:
+  """All nine, query by query."""
+  return [cell_name(q, c) for q, c in CELLS]
+
+
 def evaluate_nine(
   items: Items,
   embed: EmbedFn,
@@ -41,6 +48,8 @@ def evaluate_nine(
   seed: int = 0,
   chunk: int = CHUNK,
   progress: Callable[[int, int], None] | None = None,
+  points: int = 0,
+  examples: int = 0,
 ) -> dict:
   """Asks every item in nine directions of local and global pools.
 
@@ -52,12 +61,17 @@ def evaluate_nine(
     seed: of the bootstrap over items.
     chunk: items per call of `embed`.
     progress: called with (items done, items to do).
+    points: adds a "sketch" of the document banks to each view: so many items of each,
+      projected on a plane; see `sketch`.
+    examples: adds so many "examples", queries with what they retrieved, with pictures;
+      see `make_examples`.
 
   Returns: a JSON-able dict {"items": counts, "plain": view, "centered": view}. A view
-    has "local" and "global" ("cells" by direction and the means "same" and "other"),
-    "own_share", "top10_share" (of each candidate modality among a global top 10, by
-    direction) and "gap". Recalls, intervals, standard errors and shares are percent;
-    what has no queries is None.
+    has "local" and "global" ("cells" by direction, the means "same" and "other", and a
+    "ladder" of ks: a cell's "found" counts the queries whose rank is at most k, for
+    each k), "own_share", "top10_share" (of each candidate modality among a global top
+    10, by direction) and "gap". Recalls, intervals, standard errors and shares are
+    percent; what has no queries is None.
 
   Raises UserError where an embedding is not finite, ValueError for another `center`.
   """
@@ -83,6 +97,13 @@ def evaluate_nine(
         used.documents, used.has_document, LETTERS, centered=centered
       ),
     }
+    if points:
+      result[view]["sketch"] = sketch(used.documents, used.has_document, points)
+  if examples:
+    pools = list(_pool_columns(banks.has_document, codes))
+    result["examples"] = make_examples(
+      items, banks, asked & ~marked[..., None], codes, pools, examples
+    )
   return result
 
 
@@ -249,16 +270,18 @@ def _recalls(
     size = [int(x) for x in banks.has_document.sum(axis=1)]
     if pool == "global":
       size = [int(banks.has_document.any(axis=0).sum())] * 3
+    ladder = metrics.ladder(max(size))
     cells = {
       cell_name(q, c): _cell(
         answers.ranks[pool][q, c][asked[q, c]],
+        ladder,
         size[c],
         bool(marked[q, c]),
         recalls[:, p, q, c],
       )
       for q, c in CELLS
     }
-    out[pool] = {"cells": cells}
+    out[pool] = {"ladder": ladder, "cells": cells}
     for name, group in (("same", SAME), ("other", OTHER)):
       out[pool][name] = _mean(cells, group, recalls[:, p])
   out["own_share"] = _own_share(answers, samples[:, -3:])
@@ -266,11 +289,14 @@ def _recalls(
   return out
 
 
-def _cell(ranks: np.ndarray, pool: int, marked: bool, samples: np.ndarray) -> dict:
+def _cell(
+  ranks: np.ndarray, ladder: list[int], pool: int, marked: bool, samples: np.ndarray
+) -> dict:
   """One direction's numbers. samples: (resamples, KS)."""
   cell: dict = {f"R@{k}": metrics.recall_at(ranks, k) for k in metrics.KS}
   cell["median_rank"] = metrics.median_rank(ranks)
   cell["queries"] = len(ranks)
+  cell["found"] = metrics.found_by(ranks, ladder)
   cell["pool"] = pool
   cell["marked"] = marked
   cell["chance"] = {
