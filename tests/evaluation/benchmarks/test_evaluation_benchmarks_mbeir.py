@@ -245,6 +245,16 @@ def test_what_is_wrong_in_a_file_is_told_before_anything_is_embedded(
     opened(root, "cirr_task7")
 
 
+def test_judgements_of_zero_are_none(root):
+  write_set(root, "cirr_task7")
+  change(root, QRELS, "8:13001 0 8:13001 1 7", "8:13001 0 8:13001 0 7")
+  (task,) = opened(root, "cirr_task7").tasks
+  assert task.scorings[0].relevant.counts.tolist() == [1] + [2] * (QUERIES - 1)
+  change(root, QRELS, "8:13001 0 8:13002 1 7", "8:13001 0 8:13002 -1 7")
+  with pytest.raises(UserError, match=r"have no line in .*first is 8:13001"):
+    opened(root, "cirr_task7")
+
+
 def test_files_that_are_missing(root, tmp_path):
   with pytest.raises(UserError, match=r"(?s)--root=<folder>.*cand_pool/local"):
     opened("")
