@@ -78,7 +78,7 @@ def moved(text: str) -> Moved:
       written = sizes[label]
       called = re.search(r"calls=%?([\w.\-]+)", rest)
       if called:
-        read, written = _touched(computations.get(called[1], ()), read, written)
+        read, written = _touched(called[1], computations, read, written)
       elif operation == "dynamic-slice":
         read = [written]
       elif operation == "dynamic-update-slice":
@@ -100,16 +100,19 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return found, entry
 
 
-def _touched(lines: list[str], read: list[int], written: int) -> tuple[list[int], int]:
+def _touched(
+  name: str, computations: dict[str, list[str]], read: list[int], written: int
+) -> tuple[list[int], int]:
   """What a fusion reads of its operands and writes, where that is but a slice of them.
 
-  A loop over layers takes one layer of what is stacked, and puts one layer into it.
+  A loop over layers takes one layer of what is stacked, and puts one layer into it; TPUs
+  have fusions within fusions.
   """
   sizes: dict[str, int] = {}
   numbers: dict[str, int] = {}  # of the operand that a name stands for
   sliced: dict[int, int] = {}
   whole: set[int] = set()
-  for line in lines:
+  for line in computations.get(name, ()):
     found = _INSTRUCTION.match(line)
     if not found:
       continue
@@ -129,6 +132,18 @@ def _touched(lines: list[str], read: list[int], written: int) -> tuple[list[int]
         if updated:  # in its place
           written -= max(sizes[label] - part, 0)
       whole |= {numbers[name] for name in operands[1:] if name in numbers}
+    elif operation == "fusion" and any(name in numbers for name in operands):
+      inner = re.search(r"calls=%?([\w.\-]+)", rest)[1]
+      given = [sizes.get(operand, 0) for operand in operands]
+      parts, _ = _touched(inner, computations, given, sizes[label])
+      for operand, size, part in zip(operands, given, parts, strict=True):
+        if operand not in numbers:
+          continue
+        if part < size:
+          number = numbers[operand]
+          sliced[number] = sliced.get(number, 0) + part
+        else:
+          whole.add(numbers[operand])
     else:
       whole |= {numbers[name] for name in operands if name in numbers}
   read = [

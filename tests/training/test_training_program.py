@@ -174,3 +174,33 @@ ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
 }
 """
   assert moved(text).collectives == {"all-gather": 4 * (16 + 32)}
+
+
+def test_a_slice_within_a_fusion_of_a_fusion_reads_that_slice():
+  text = """HloModule m
+
+%taken (p: f32[64,8,8], k: s32[]) -> f32[8,8] {
+  %p = f32[64,8,8]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = f32[1,8,8]{2,1,0} dynamic-slice(%p, %k, %z, %z), dynamic_slice_sizes={1,8,8}
+  ROOT %b = f32[8,8]{1,0} bitcast(%s)
+}
+
+%product (q: f32[8,8], r: f32[64,8,8], i: s32[]) -> f32[8,8] {
+  %q = f32[8,8]{1,0} parameter(0)
+  %r = f32[64,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %f = f32[8,8]{1,0} fusion(%r, %i), kind=kLoop, calls=%taken
+  ROOT %d = f32[8,8]{1,0} dot(%q, %f), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: f32[8,8], c: f32[64,8,8], n: s32[]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %c = f32[64,8,8]{2,1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %o = f32[8,8]{1,0} fusion(%a, %c, %n), kind=kOutput, calls=%product
+}
+"""
+  # Two arrays of 8 x 8 read and one written, and the place.
+  assert moved(text).memory == 3 * 8 * 8 * 4 + 4
