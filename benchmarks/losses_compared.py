@@ -2,6 +2,14 @@
 
     python -m benchmarks.losses_compared --config=configs/demo.py --output=rows.json
 
+With a teacher, what its student gains by the teacher's weights and by its affinities:
+
+    python -m benchmarks.losses_compared --config=configs/demo.py \
+      --config.distill.teacher=runs/demo --config.init.inherit=runs/demo \
+      --config.model.hf.vision_config.num_hidden_layers=2 \
+      --config.model.hf.text_config.num_hidden_layers=1 \
+      --losses=GCL,GCL+inherit,GCL+mimic,GCL+mimic+inherit
+
 Each run lives in its own folder below --root, so that a comparison that was stopped
 goes on. Prints one table, mean and range over seeds, plain and centred; writes one JSON
 row per run.
@@ -48,6 +56,8 @@ LOSSES = {
   "GCL-cross_only": {"loss.name": "gcl", "loss.denominator": "cross_only"},
   "GCL-target_only": {"loss.name": "gcl", "loss.denominator": "target_only"},
 }
+# What follows such a name keeps a field of the recipe, which the others go without.
+KEPT = {"+mimic": "distill.teacher", "+inherit": "init.inherit"}
 
 
 def _define_flags() -> None:
@@ -83,21 +93,32 @@ def configure(
 
   Args:
     recipe: what all runs share; it is left as it is.
-    name: of `LOSSES`.
+    name: of `LOSSES`, and what is `KEPT`.
     seed: of the run, and of the run it starts from.
     root, start_from: the run starts from <root>/<start_from>-seed<seed>; "": the
       recipe's own start.
 
   Raises:
-    UserError: no such loss, or a separation whose features the recipe does not name.
+    UserError: no such loss, or a separation whose features, or a teacher that the
+      recipe does not name.
   """
-  if name not in LOSSES:
-    raise UserError(f"--losses: {name!r} is none of {', '.join(LOSSES)}")
   config = copy.deepcopy(recipe)
   config.seed = seed
   config.loss.intra_modal_separation = 0.0
-  config.update_from_flattened_dict(LOSSES[name])
   label = name
+  for ending, field in KEPT.items():
+    asked, name = ending in name, name.replace(ending, "")
+    group, _, last = field.partition(".")
+    if asked and not config[group][last]:
+      raise UserError(f"--losses: {label} needs --config.{field}=<a folder or run>")
+    if not asked:
+      config[group][last] = ""
+  if name not in LOSSES:
+    raise UserError(
+      f"--losses: {label!r} is none of {', '.join(LOSSES)}, nor one of them and "
+      f"{' or '.join(KEPT)}"
+    )
+  config.update_from_flattened_dict(LOSSES[name])
   if config.loss.intra_modal_separation:
     features = config.loss.separation_features
     if name == SEPARATION and features == "none":

@@ -148,7 +148,7 @@ def check_free(folder: Folder) -> None:
         f"--workdir={folder}: {there} may not be written to: name another."
       )
   # A run that was killed while it wrote its first files leaves only these.
-  first = {"processor", "initial", f"{RUN_FILE}.part"}
+  first = {"processor", "initial", "teacher", f"{RUN_FILE}.part"}
   if folder.is_dir() and not is_run(folder):
     others = sorted(p.name for p in folder.iterdir() if p.name not in first)
     if others:

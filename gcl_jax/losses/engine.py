@@ -87,7 +87,9 @@ def make_plan(
     ValueError: the kernel cannot hold these embeddings.
   """
   parts = 1 if mesh is None else batch_parts(mesh, batch_axes)
-  banks = sum(leaf.nbytes for leaf in jax.tree.leaves(_vectors(pairs)))
+  banks = sum(
+    leaf.nbytes for leaf in jax.tree.leaves((*_vectors(pairs), pairs.features))
+  )
   ring = form == "ring" or (form == "auto" and parts > 1 and banks > _RING_ABOVE)
   size = block_size or default_block(mesh)
   if kernel == "pallas":
@@ -174,7 +176,7 @@ def _block(plan: Plan, pairs: Pairs) -> Block:
   modalities = plan.tile.modalities
   return Block(
     _vectors(pairs)[:modalities],
-    pairs.text_features,
+    pairs.features,
     jnp.stack(pairs.there[:modalities]),
     pairs.ids,
   )
@@ -202,7 +204,7 @@ def _forward_here(plan: Plan, pairs: Pairs, scale: Array, weights: Array):
       columns = _gathered_block(plan, block)
       sizes = plan.sizes(block, columns)
       running = streaming.rectangle_forward(tile, block, columns, scale, running, sizes)
-  lse = streaming.finished(running)
+  lse = tile.finish(running)
   sums, pull, counts = jax.vjp(
     lambda lse: plan.formula(lse, pairs, scale), lse, has_aux=True
   )

@@ -29,7 +29,8 @@ class Pairs(NamedTuple):
 
   image, text: (n, D). fused: (n, D), `Mix` of (n,) float32, or None where the loss has
   no third modality. Banks are all float32 or all bfloat16. has_image, has_text: (n,)
-  bool. ids: (n, K) integers. text_features: (n, F) float32 unit rows or None.
+  bool. ids: (n, K) integers. features: what has no gradient: (n, F)
+  float32 unit rows of texts, a teacher's banks, or None.
   """
 
   image: Array
@@ -38,7 +39,7 @@ class Pairs(NamedTuple):
   has_image: Array
   has_text: Array
   ids: Array
-  text_features: Array | None = None
+  features: Any = None
 
   @property
   def banks(self) -> tuple[Array, ...]:
@@ -139,15 +140,15 @@ def make_pairs(
     has_image=image_there,
     has_text=text_there,
     ids=_ids(pair_ids, rows),
-    text_features=text_features,
+    features=text_features,
   )
 
 
-def scalar_scale(logit_scale: ArrayLike) -> Array:
+def scalar_scale(logit_scale: ArrayLike, name: str = "logit_scale") -> Array:
   """The scale as a float32 scalar; ValueError for any other shape."""
   scale = jnp.asarray(logit_scale, jnp.float32)
   if scale.shape:
-    raise ValueError(f"logit_scale has shape {scale.shape}, not ()")
+    raise ValueError(f"{name} has shape {scale.shape}, not ()")
   return scale
 
 

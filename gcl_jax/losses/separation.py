@@ -114,9 +114,9 @@ def _mean_loss(
     columns = summing.gather(rows)
     precision = matmul_precision(rows)
     logits = scale * dense.similarities(rows.image, columns.image, precision)
-    if rows.text_features is not None:
+    if rows.features is not None:
       cosines = dense.similarities(
-        rows.text_features, columns.text_features, jax.lax.Precision.HIGHEST
+        rows.features, columns.features, jax.lax.Precision.HIGHEST
       )
       logits *= 1.0 - cosines
     mask = dense.different(rows.ids, columns.ids) & columns.has_image

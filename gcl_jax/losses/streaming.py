@@ -34,15 +34,7 @@ _FAR = 1e30
 def nothing_yet(tile: Tile, rows: Block) -> Running:
   """The state of these anchors before any candidate was seen, (P, n)."""
   # Made from the rows, so that inside a `shard_map` it varies as they do.
-  zeros = jnp.stack([_zeros(rows.vectors[0][:, 0])] * len(tile.blocks))
-  return Running(zeros - jnp.inf, zeros)
-
-
-def finished(running: Running) -> Array:
-  """The log-sum-exp; −∞ where there was no negative."""
-  some = running.total != 0  # a NaN stays one
-  log = jnp.log(jnp.where(some, running.total, 1.0))
-  return jnp.where(some, running.peak + log, -jnp.inf)
+  return tile.begin(jnp.stack([_zeros(rows.vectors[0][:, 0])] * len(tile.blocks)))
 
 
 def rectangle_forward(

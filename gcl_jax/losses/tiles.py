@@ -34,11 +34,12 @@ class Block(NamedTuple):
   """Some rows of the batch, as a tile needs them.
 
   vectors: the embeddings (B, D), and alpha and beta (B,) where the fused ones are a Mix.
-  features: (B, F) or None. there: (M, B) bool. ids: (B, K).
+  features: what has no gradient, each with a leading axis of rows: the (B, F) of
+    `factor`, or None. there: (M, B) bool. ids: (B, K).
   """
 
   vectors: Vectors
-  features: Array | None
+  features: Any
   there: Array
   ids: Array
 
@@ -80,6 +81,16 @@ class Tile:
   def __post_init__(self):
     assert {(m, a) for a, m in self.blocks} == set(self.blocks)
 
+  def begin(self, zeros: Array) -> Running:
+    """The state of anchors before any candidate was seen; zeros (P, n)."""
+    return Running(zeros - jnp.inf, zeros)
+
+  def finish(self, running: Running) -> Array:
+    """The log-sum-exp (P, n); −∞ where there was no negative."""
+    some = running.total != 0  # a NaN stays one
+    log = jnp.log(jnp.where(some, running.total, 1.0))
+    return jnp.where(some, running.peak + log, -jnp.inf)
+
   def fold(
     self,
     rows: Block,
@@ -100,12 +111,12 @@ class Tile:
     products = self._multiplied(rows.vectors, columns.vectors)
     mixes = self.mix(rows.vectors), self.mix(columns.vectors)
     logits = [scale * x for x in self.table(products, *mixes, factor)]
-    mine = _updated(mine, logits, self.read(rows, columns), axis=1)
+    mine = updated(mine, logits, self.read(rows, columns), axis=1)
     if theirs is None:
       return mine, None
     # Block (a, m) of the tile, read along its columns, is (m, a) of anchors k.
     masks = self.read_back(rows, columns)
-    return mine, self.turned(_updated(self.turned(theirs), logits, masks, axis=0))
+    return mine, self.turned(updated(self.turned(theirs), logits, masks, axis=0))
 
   def pull(
     self,
@@ -132,16 +143,7 @@ class Tile:
 
     found, back = jax.vjp(similar, products, mixes)
     logits = [scale * x for x in found]
-    weights = jax.lax.cond(
-      self.one_will_do(rows, columns, own, others),
-      lambda: self.one_exponential(
-        logits, different(rows.ids, columns.ids), own, others, own.lse[0, 0]
-      ),
-      lambda: self.two_exponentials(
-        logits, self.read(rows, columns), self.read_back(rows, columns), own, others
-      ),
-    )
-    weights, (mine, theirs) = back(weights)
+    weights, (mine, theirs) = back(self.weights(logits, rows, columns, own, others))
     gradient = self.gradient(columns.vectors, weights, mine)
     if not both:
       return gradient, None
@@ -214,6 +216,27 @@ class Tile:
   def _multiplied(self, rows: Vectors, columns: Vectors) -> list[Array]:
     return [similarities(rows[a], columns[m], self.precision) for a, m in self.products]
 
+  def weights(
+    self,
+    logits: list[Array],
+    rows: Block,
+    columns: Block,
+    own: Anchors,
+    others: Anchors,
+  ) -> list[Array]:
+    """dL/dX / s for every block of the tile, (R, C): X as anchors' rows have it, and
+    as others' candidates.
+    """
+    return jax.lax.cond(
+      self.one_will_do(rows, columns, own, others),
+      lambda: self.one_exponential(
+        logits, different(rows.ids, columns.ids), own, others, own.lse[0, 0]
+      ),
+      lambda: self.two_exponentials(
+        logits, self.read(rows, columns), self.read_back(rows, columns), own, others
+      ),
+    )
+
   def one_will_do(
     self, rows: Block, columns: Block, own: Anchors, others: Anchors
   ) -> Array:
@@ -280,7 +303,7 @@ class Tile:
   def turned(self, running: Running) -> Running:
     """The places of (a, m) and (m, a) exchanged."""
     order = jnp.asarray(self.transposed)
-    return Running(*(x[order] for x in running))
+    return jax.tree.map(lambda x: x[order], running)
 
   def factor(self, rows: Block, columns: Block) -> Array | None:
     """1 − the cosine of the features, (rows, columns); None without features."""
@@ -300,7 +323,7 @@ class Tile:
     return [apart & rows.there[a][:, None] for a, _ in self.blocks]
 
 
-def _updated(
+def updated(
   state: Running, logits: list[Array], masks: list[Array], axis: int
 ) -> Running:
   """Folds one tile into the state, along its rows (axis 1) or columns (axis 0)."""

@@ -86,6 +86,15 @@ class Tokenizer:
         row[-1] = self.eos_id
     return out
 
+  def reads_like(self, other: Tokenizer) -> bool:
+    """Whether both give every text the same ids, but for length and padding."""
+    return self._spelling() == other._spelling()
+
+  def _spelling(self) -> tuple[Any, ...]:
+    parts = json.loads(self._backend.to_str())
+    added = sorted((token["id"], token["content"]) for token in parts["added_tokens"])
+    return parts["model"], added, self.bos_id, self.eos_id
+
   def encode(self, text: str) -> list[int]:
     """The ids of one text, start and end included, at most `max_length`, unpadded."""
     return self._backend.encode(_whole(text)).ids

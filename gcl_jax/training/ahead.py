@@ -18,11 +18,18 @@ from ml_collections import ConfigDict
 from gcl_jax.errors import UserError
 from gcl_jax.models import Model
 from gcl_jax.processing import ImageProcessor
-from gcl_jax.sharding import batch_devices, batch_sharding, make_mesh
+from gcl_jax.sharding import (
+  PARAMETER_RULES,
+  batch_devices,
+  batch_sharding,
+  make_mesh,
+  shardings,
+)
 from gcl_jax.training.adapters import adapted_shapes
 from gcl_jax.training.average import trained
 from gcl_jax.training.check import check_kernel
 from gcl_jax.training.chips import Chip, chip_of
+from gcl_jax.training.distill import teacher_model
 from gcl_jax.training.flops import multiply_adds, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask, make_optimizer
@@ -93,7 +100,8 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
     )
   model = model_from_config(config)
   check_kernel(config, model.config.projection_dim)
-  step, arguments = step_and_shapes(config, model, mesh)
+  teacher = teacher_model(config)
+  step, arguments = step_and_shapes(config, model, mesh, teacher)
   try:
     compiled = step.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -106,6 +114,7 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
     arguments[1]["tokens"].shape[-1],
     patch_dropout=config.model.patch_dropout,
     locked=config.optimizer.locked_tower,
+    teacher=teacher,
   )
   return Report(
     chips=mesh.size,
@@ -121,7 +130,9 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   )
 
 
-def step_and_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> tuple[Any, tuple]:
+def step_and_shapes(
+  config: ConfigDict, model: Model, mesh: Mesh, teacher: Model | None = None
+) -> tuple[Any, tuple]:
   """The jitted step of a config, and the shapes that it takes."""
   shapes, shape = adapted_shapes(config, model.abstract()), model.config
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, 10**6)
@@ -142,7 +153,7 @@ def step_and_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> tuple[Any, 
       {**tree, "ema": trained(tree["params"], frozen)} for tree in (state, places)
     )
   step = make_step(
-    make_objective(model, images, config, mesh),
+    make_objective(model, images, config, mesh, (teacher, images) if teacher else None),
     optimizer,
     frozen,
     config.temperature,
@@ -181,6 +192,13 @@ def step_and_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> tuple[Any, 
     constants["initial_params"] = {
       name: tree for name, tree in state["params"].items() if name != "lora"
     }
+  if teacher:
+    its = teacher.abstract()
+    constants["teacher_params"] = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      its,
+      shardings(mesh, its, PARAMETER_RULES),
+    )
   return step, (state, batch, constants)
 
 

@@ -44,6 +44,7 @@ def check_loss(config: ConfigDict) -> None:
       "has no tiles: take another form, or kernel xla."
     )
   direction_weights(config)
+  direction_weights(config, "distill")
   scale, top = config.temperature.logit_scale, config.temperature.max_logit_scale
   capped = config.temperature.mode == "learned" and top
   if scale < 0 or (capped and scale > top):
@@ -74,13 +75,13 @@ def check_kernel(config: ConfigDict, depth: int) -> None:
     )
 
 
-def direction_weights(config: ConfigDict) -> np.ndarray | None:
-  """`config.loss.direction_weights` as a (3, 3) float32 array; None is all ones.
+def direction_weights(config: ConfigDict, of: str = "loss") -> np.ndarray | None:
+  """`config.<of>.direction_weights` as a (3, 3) float32 array; None is all ones.
 
   Raises:
     UserError: it is neither empty nor 3 rows of 3 weights of at least 0.
   """
-  weights = config.loss.direction_weights
+  weights = config[of].direction_weights
   if not len(weights):
     return None
   try:
@@ -92,7 +93,7 @@ def direction_weights(config: ConfigDict) -> np.ndarray | None:
   off_diagonal = array[~np.eye(3, dtype=bool)] if array.shape == (3, 3) else array
   if array.shape != (3, 3) or (off_diagonal < 0).any() or not off_diagonal.any():
     raise UserError(
-      f"config.loss.direction_weights is {weights}: 3 rows of 3 weights (query image, "
+      f"config.{of}.direction_weights is {weights}: 3 rows of 3 weights (query image, "
       "text, fused by candidate image, text, fused), none negative and not all zero."
     )
   return array
@@ -108,6 +109,12 @@ def describe_loss(config: ConfigDict) -> str:
     name += f" + {loss.intra_modal_separation} x image separation (features: {of})"
   if direction_weights(config) is not None and loss.name == "gcl":
     name += f", direction weights {np.asarray(loss.direction_weights).tolist()}"
+  distill = config.get("distill")  # older runs have no such fields
+  if distill and distill.teacher:
+    own = "" if distill.loss_weight == 1 else f"{distill.loss_weight} x "
+    name = f"{own}{name} + {distill.weight} x affinity to {Path(distill.teacher).name}"
+    if direction_weights(config, "distill") is not None:
+      name += f", direction weights {np.asarray(distill.direction_weights).tolist()}"
   decay = config.get("ema_decay", 0.0)  # older runs have no such field
   weights = f" Weights: their moving average (decay {decay})." if decay else ""
   return f"Loss: {name}; logit scale {config.temperature.mode}.{weights}"
@@ -138,6 +145,9 @@ def check_numbers(config: ConfigDict) -> None:
     "optimizer.clip_norm": 0,
     "optimizer.adamw_learning_rate": 0,
     "lora.rank": 0,
+    "distill.weight": 0,
+    "distill.loss_weight": 0,
+    "distill.logit_scale": 0,
     "data.threads": 0,
     "data.prefetch": 0,
   }

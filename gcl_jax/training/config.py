@@ -31,6 +31,9 @@ def default_config() -> ConfigDict:
 
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
+  # From scratch: cut the first weights out of this larger CLIP (folder, hub id or
+  # workdir): first channels and heads, blocks evenly. "": random weights.
+  config.init.inherit = ""
   # From scratch: a factor on the vision tower's first position embeddings. transformers
   # draws them at 0.02, far below the patches: a short run learns no places from that.
   config.init.vision_positions = 1.0
@@ -51,8 +54,9 @@ def default_config() -> ConfigDict:
   config.model.patch_dropout = 0.0
 
   config.tokenizer = ConfigDict()  # used from scratch only
-  config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files
-  config.tokenizer.vocab_size = 8192  # else: a byte-pair vocabulary of our own captions
+  config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files; or the
+  # tokenizer of init.inherit or distill.teacher is taken, or
+  config.tokenizer.vocab_size = 8192  # a byte-pair vocabulary of our own captions
 
   config.fusion = ConfigDict()
   config.fusion.of = "raw"  # raw: add projected vectors (UniIR, the paper); unit
@@ -69,6 +73,15 @@ def default_config() -> ConfigDict:
   config.loss.separation_features = "none"  # none, initial_text_tower, or a .npy file
   config.loss.form = "auto"  # streaming or ring; dense holds all logits at once
   config.loss.kernel = "xla"  # pallas: tiles as kernels, for NVIDIA GPUs
+
+  # Learn a frozen teacher's affinities too (TinyCLIP): the cross entropy of the softmaxes
+  # over the batch, times weight, beside the loss above times loss_weight.
+  config.distill = ConfigDict()
+  config.distill.teacher = ""  # folder, hub id or workdir; "": none
+  config.distill.weight = 1.0
+  config.distill.loss_weight = 1.0  # 0, with image and text alone, is TinyCLIP's recipe
+  config.distill.logit_scale = 0.0  # the teacher's; 0: its own
+  config.distill.direction_weights = ()  # as of the loss; () is all ones
 
   config.temperature = ConfigDict()
   config.temperature.mode = "learned"  # learned, or fixed

@@ -20,7 +20,12 @@ _TRAINED, _LOCKED = 3, 1
 
 
 def pair_flops(
-  model: Model, text_length: int, *, patch_dropout: float = 0.0, locked: str = ""
+  model: Model,
+  text_length: int,
+  *,
+  patch_dropout: float = 0.0,
+  locked: str = "",
+  teacher: Model | None = None,
 ) -> int:
   """Operations that training needs of a pair; what MFU is a share of.
 
@@ -32,6 +37,7 @@ def pair_flops(
     text_length: tokens of a text.
     patch_dropout: part of the patches that the image tower does not see.
     locked: "image" or "text": a tower without a backward.
+    teacher: a model that embeds the pair too, without a backward.
   """
   size, patches = model.config.vision.image_size, model.config.vision.grid**2
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
@@ -47,10 +53,18 @@ def pair_flops(
 
   params = model.abstract()
   passes = {name: _LOCKED if name == locked else _TRAINED for name in ("image", "text")}
-  return 2 * (
+  own = 2 * (
     passes["image"] * multiply_adds(image, params, pixels, kept)
     + passes["text"] * multiply_adds(text, params, tokens)
   )
+  if teacher is None:
+    return own
+
+  def both(params, pixels, tokens):
+    bound = teacher.bind(params)
+    return bound.embed_image(pixels), bound.embed_text(tokens)
+
+  return own + 2 * multiply_adds(both, teacher.abstract(), pixels, tokens)
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:

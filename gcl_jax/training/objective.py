@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.fusion import fuse
 from gcl_jax.losses import (
+  affinity_loss,
   contrastive_loss,
   gcl_loss,
   intra_modal_separation_loss,
@@ -32,7 +33,11 @@ Objective = Callable[
 
 
 def make_objective(
-  model: Model, images: ImageProcessor, config: ConfigDict, mesh: Mesh
+  model: Model,
+  images: ImageProcessor,
+  config: ConfigDict,
+  mesh: Mesh,
+  teacher: tuple[Model, ImageProcessor] | None = None,
 ) -> Objective:
   """The function that a step differentiates.
 
@@ -41,12 +46,14 @@ def make_objective(
     images: turns uint8 pixels (N, S, S, 3) to the floats that the model takes.
     config: the run's.
     mesh: negatives are global over its batch axes.
+    teacher: the model whose affinities are learned, and what turns pixels to its floats.
 
   Returns:
     (params, batch, constants) -> loss, metrics. `batch` is the pipeline's, with
     `separation_features` (N, F) where a file was given, and with patch dropout `place`
     (N,) int32, each row's place in the global batch. `constants` holds `initial_params`
-    where the initial text tower gives those features, and `step` () int32.
+    where the initial text tower gives those features, `teacher_params` where there is a
+    teacher, and `step` () int32.
   """
   loss_config, weights = config.loss, direction_weights(config)
   separation = loss_config.intra_modal_separation
@@ -60,7 +67,14 @@ def make_objective(
   def embed_text_rows(params, tokens):
     return _bound(model, params).embed_text(tokens)
 
+  def embed_rows_as_teacher(params, rows):
+    pixels, tokens, present = rows
+    pixels = teacher[1].normalize(pixels)
+    image, text, mix = _bound(teacher[0], params).embed_pair(pixels, tokens, **present)
+    return image, text, fuse(image, text, mix)
+
   embed = in_microbatches(embed_rows, config.microbatches, mesh)
+  embed_as_teacher = in_microbatches(embed_rows_as_teacher, config.microbatches, mesh)
   embed_texts = in_microbatches(embed_text_rows, config.microbatches, mesh)
 
   def dropped(batch, constants):
@@ -74,9 +88,13 @@ def make_objective(
     params = merge_lora(params, config.lora.alpha)
     present = {name: batch[name] for name in ("has_image", "has_text")}
     options = {**present, **dropped(batch, constants)}
+    inputs = batch["pixels"], batch["tokens"]
     # In microbatches a device's rows are its own already.
     with used_on(mesh) if config.microbatches == 1 else contextlib.nullcontext():
-      image, text, mix = embed(params, (batch["pixels"], batch["tokens"], options))
+      image, text, mix = embed(params, (*inputs, options))
+      if teacher:
+        frozen = jax.lax.stop_gradient(constants["teacher_params"])
+        wanted = embed_as_teacher(frozen, (*inputs, present))
     scale = jnp.exp(params["logit_scale"])
     shared = {
       "logit_scale": scale,
@@ -85,10 +103,10 @@ def make_objective(
       **placement,
     }
     kernel = loss_config.kernel
+    fused = fuse(image, text, mix) if config.fusion.as_bank else mix
     if loss_config.name == "contrastive":
       loss, directions = contrastive_loss(image, text, kernel=kernel, **shared)
     else:
-      fused = fuse(image, text, mix) if config.fusion.as_bank else mix
       loss, directions = gcl_loss(
         image,
         text,
@@ -104,6 +122,22 @@ def make_objective(
       term = intra_modal_separation_loss(image, text, features, **shared)
       metrics["loss/separation"] = term
       loss = loss + separation * term
+      metrics["loss"] = loss
+    if teacher:
+      its_scale = config.distill.logit_scale or jnp.exp(frozen["logit_scale"])
+      term, _ = affinity_loss(
+        image,
+        text,
+        fused,
+        *wanted,
+        logit_scale=scale,
+        teacher_scale=its_scale,
+        direction_weights=direction_weights(config, "distill"),
+        **present,
+        **placement,
+      )
+      metrics["loss/affinity"] = term
+      loss = config.distill.loss_weight * loss + config.distill.weight * term
       metrics["loss"] = loss
     return loss, metrics
 

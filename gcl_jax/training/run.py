@@ -39,6 +39,7 @@ from gcl_jax.training.adapters import adapted, adapted_shapes
 from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_kernel, check_loss, check_numbers
 from gcl_jax.training.compiled import CompiledStep, Meter, report_step
+from gcl_jax.training.distill import Teacher, keep_teacher, read_teacher
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -183,6 +184,7 @@ def train(
       config.batch_size,
       patch_dropout=config.model.patch_dropout,
       locked=config.optimizer.locked_tower,
+      teacher=parts.teacher.model if parts.teacher else None,
     )
     run_loop(
       state,
@@ -207,7 +209,7 @@ def train(
         _rows(batch, parts.features, config, batches.rows_of_batch),
         config.accumulate_steps,
       ),
-      constants=_constants(config, parts.params, mesh, workdir),
+      constants=_constants(config, parts, mesh, workdir),
       checkpoints=checkpoints,
       evaluate=evaluate_and_keep,
       writer=writer,
@@ -229,6 +231,7 @@ class _Parts(NamedTuple):
   frozen: Any
   objective: Objective
   features: np.ndarray | None
+  teacher: Teacher | None
 
 
 def _assemble(
@@ -247,15 +250,21 @@ def _assemble(
   shapes = adapted_shapes(config, model.abstract())
   optimizer = make_optimizer(config.optimizer, config.temperature, shapes, total_steps)
   frozen = frozen_mask(config.optimizer, config.temperature, shapes)
-  objective = make_objective(model, processor.image, config, mesh)
+  teacher = read_teacher(config, model, processor, workdir if trained else None)
+  elder = (teacher.model, teacher.processor.image) if teacher else None
+  objective = make_objective(model, processor.image, config, mesh, elder)
   _pipeline(config, source, processor, mesh).close()  # refuses what it cannot read
   places_of_state(shapes, optimizer, mesh)  # and what cannot be split so
   params = cap_logit_scale(first_params(), config.temperature)
   if needs_initial_tower(config) and not trained and is_first():
     with keeping(workdir / _INITIAL), local_draft(workdir / _INITIAL) as here:
       write_pretrained(here, model.config, params)
+  if teacher and not trained and is_first():
+    keep_teacher(teacher, workdir)
   params = adapted(params, shapes, config.seed)
-  return _Parts(model, params, processor, optimizer, frozen, objective, features)
+  return _Parts(
+    model, params, processor, optimizer, frozen, objective, features, teacher
+  )
 
 
 def _pipeline(
@@ -294,15 +303,18 @@ def _rows(
 
 
 def _constants(
-  config: ConfigDict, params: Any, mesh: Mesh, workdir: AnyPath
+  config: ConfigDict, parts: _Parts, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
-  if not needs_initial_tower(config):
-    return {}
-  # From the run's folder: what it once started from may have moved.
-  with local_copy(workdir / _INITIAL) as here:
-    _, _, initial = read_pretrained(here)
-  extra = {"fusion": params["fusion"]} if "fusion" in params else {}
-  return {"initial_params": place_parameters({**initial, **extra}, mesh)}
+  constants = {}
+  if parts.teacher:
+    constants["teacher_params"] = place_parameters(parts.teacher.params, mesh)
+  if needs_initial_tower(config):
+    # From the run's folder: what it once started from may have moved.
+    with local_copy(workdir / _INITIAL) as here:
+      _, _, initial = read_pretrained(here)
+    extra = {"fusion": parts.params["fusion"]} if "fusion" in parts.params else {}
+    constants["initial_params"] = place_parameters({**initial, **extra}, mesh)
+  return constants
 
 
 def _name_of(workdir: AnyPath) -> str:

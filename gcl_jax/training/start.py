@@ -13,19 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcl_jax.checkpoints import RunDescription, is_run, read_run
+from gcl_jax.checkpoints import RunDescription
 from gcl_jax.data import Source
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import (
-  CLIPConfig,
-  Model,
-  build,
-  local_folder,
-  named_config,
-  read_pretrained,
-)
+from gcl_jax.models import CLIPConfig, Model, build, local_folder, named_config
+from gcl_jax.models.inherit import inherited
 from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
+from gcl_jax.training.weights import read_processor, read_weights
 
 _TOKENIZER_SAMPLE = 200_000  # captions that a vocabulary of our own is learned from
 
@@ -68,6 +63,8 @@ def make_start(
     model, processor = _build(config, stored.model, fusion), stored.processor
   else:
     model, processor = _from_scratch(config, fusion, source)
+  if config.init.inherit:
+    return Start(model, processor, _heir(config, model))
 
   def draw():
     params = jax.jit(model.init)(jax.random.key(config.seed))
@@ -90,6 +87,8 @@ def model_from_config(config: ConfigDict) -> Model:
   fields = _fields(config)
   if config.tokenizer.path:
     words = _words(Tokenizer.from_folder(local_folder(config.tokenizer.path)))
+  elif _elder(config):
+    words = _words(read_processor(_elder(config)).tokenizer)
   else:
     entries = config.tokenizer.vocab_size
     words = {"vocab_size": entries, "eos_token_id": entries - 1}
@@ -125,13 +124,12 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
       f"config.init.pretrained={name!r} has a shape of its own: leave the name empty, "
       'or set --config.init.pretrained="".'
     )
-  if is_run(name):
-    model, params, processor, _ = read_run(name)
-    shape, its_fusion = model.config, model.fusion
-  else:
-    folder = local_folder(name)
-    processor = Processor.from_folder(folder)
-    shape, its_fusion, params = read_pretrained(folder)
+  if config.init.inherit:
+    raise UserError(
+      f"config.init.inherit={config.init.inherit!r} cuts the first weights of a model "
+      f"from scratch, but config.init.pretrained={name!r} has them: set one of the two."
+    )
+  shape, its_fusion, params, processor = read_weights(name)
   if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
     print(
       f"note: {name} fuses by {its_fusion}, this run by {fusion} (config.fusion)",
@@ -146,6 +144,22 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
     params["fusion"] = weights
   start = functools.partial(_with_scale, config, params)
   return Start(_build(config, shape, fusion), processor, start)
+
+
+def _elder(config: ConfigDict) -> str:
+  """Whose tokenizer and image processor a model from scratch takes; "" for its own."""
+  return config.init.inherit or config.distill.teacher
+
+
+def _heir(config: ConfigDict, model: Model) -> Callable[[], Any]:
+  larger = read_weights(config.init.inherit)
+  params = inherited(larger.params, larger.config, model.config)
+  if "fusion" in model.abstract():
+    params["fusion"] = {
+      "image_weight": np.float32(config.fusion.image_weight),
+      "text_weight": np.float32(config.fusion.text_weight),
+    }
+  return functools.partial(_with_scale, config, params)
 
 
 def _fields(config: ConfigDict) -> dict:
@@ -167,8 +181,11 @@ def _from_scratch(
   config: ConfigDict, fusion: FusionSettings, source: Source
 ) -> tuple[Model, Processor]:
   fields = _fields(config)
+  elder = _elder(config)
   if config.tokenizer.path:
     tokenizer = Tokenizer.from_folder(local_folder(config.tokenizer.path))
+  elif elder:
+    tokenizer = read_processor(elder).tokenizer
   else:
     tokenizer = Tokenizer.train(
       _captions(source, config.seed),
@@ -177,6 +194,8 @@ def _from_scratch(
     )
   shape = CLIPConfig.from_hf(_merged(fields, {"text_config": _words(tokenizer)}))
   processor = default_clip_processor(shape.vision.image_size, tokenizer)
+  if elder:
+    processor = dataclasses.replace(read_processor(elder), tokenizer=tokenizer)
   return _build(config, shape, fusion), processor
 
 

@@ -79,3 +79,16 @@ def test_rows_hold_the_steps_that_were_run(monkeypatch, tmp_path):
   text = losses_compared.table(rows)
   assert "| CL, centred | 50.0 |" in text
   assert "| two standard errors of a run | 1.0 | 3.0 | 2.0 | 1.0 | 3.0 | 2.0 |" in text
+
+
+@pytest.mark.parametrize("mimic", ["", "+mimic"])
+@pytest.mark.parametrize("inherit", ["", "+inherit"])
+def test_a_teacher_serves_the_runs_that_name_it(mimic, inherit):
+  given = recipe()
+  given.distill.teacher, given.init.inherit = "old", "older"
+  label, config = configure(given, f"GCL{mimic}{inherit}", 0)
+  assert label == config.name == f"GCL{mimic}{inherit}"
+  assert config.distill.teacher == ("old" if mimic else "")
+  assert config.init.inherit == ("older" if inherit else "")
+  with pytest.raises(UserError, match=r"needs --config.distill.teacher"):
+    configure(recipe(), "GCL+mimic", 0)

@@ -126,6 +126,35 @@ def separation(image, text, features, scale, ids=None, has_image=None, has_text=
   return np.mean(losses) if losses else 0.0
 
 
+def affinity(
+  student, teacher, scale, teacher_scale, weights=None, has_image=None, has_text=None
+):
+  """(loss, directions): cross entropies of `student` under `teacher`, three banks each."""
+  n = len(student[0])
+  weights = np.ones((3, 3)) if weights is None else np.asarray(weights, np.float64)
+  weights = np.where(np.eye(3), 0, weights)
+  has_image = np.ones(n, bool) if has_image is None else np.asarray(has_image)
+  has_text = np.ones(n, bool) if has_text is None else np.asarray(has_text)
+  there = [has_image, has_text, has_image & has_text]
+  sums, counts = np.zeros((3, 3)), np.zeros((3, 3))
+  for a, b in itertools.permutations(range(3), 2):
+    candidates = np.flatnonzero(there[b])
+    for j in np.flatnonzero(there[a]):
+      if not len(candidates):
+        continue
+      logits = [scale * np.dot(student[a][j], student[b][k]) for k in candidates]
+      wanted = [
+        teacher_scale * np.dot(teacher[a][j], teacher[b][k]) for k in candidates
+      ]
+      log_affinity = np.array(logits) - log_sum(logits)
+      affinity = np.exp(np.array(wanted) - log_sum(wanted))
+      sums[a, b] -= np.sum(affinity * log_affinity)
+      counts[a, b] += 1
+  total = np.sum(weights * counts)
+  loss = np.sum(weights * sums) / total if total else 0.0
+  return loss, np.divide(sums, counts, out=np.zeros((3, 3)), where=counts > 0)
+
+
 def central_differences(function, arrays, step=1e-6):
   """Gradients of a scalar function of float64 arrays, entry by entry."""
   arrays = [np.array(array, np.float64) for array in arrays]
