@@ -109,7 +109,7 @@ class Attention(nnx.Module):
       logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], -1)
+    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], q.shape[1] * head)
     return self.out(mixed).reshape(batch, length, width)
 
 

@@ -305,7 +305,9 @@ def _own_fields(part, plain: dict[str, Any], where: str) -> dict[str, Any]:
       )
     own[ours] = tuple(sizes)
   if bool(own["layer_heads"]) != bool(own["layer_mlps"]):
-    raise UserError(f"{where} must have both {_OWN[1][1]} and {_OWN[2][1]}, or neither.")
+    raise UserError(
+      f"{where} must have both {_OWN[1][1]} and {_OWN[2][1]}, or neither."
+    )
   for ours, most in (("layer_heads", "heads"), ("layer_mlps", "mlp")):
     largest = max((n or 0 for n in own[ours]), default=plain[most])
     if max(largest, 1) != plain[most]:

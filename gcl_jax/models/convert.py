@@ -143,7 +143,9 @@ class Piece(NamedTuple):
   def theirs(self, config: CLIPConfig) -> tuple[int, ...]:
     """Its shape in the file."""
     # An array without memory, to see what the transform makes of its shape.
-    return self.transform.theirs(np.broadcast_to(np.float32(0), self.shape), config).shape
+    return self.transform.theirs(
+      np.broadcast_to(np.float32(0), self.shape), config
+    ).shape
 
   def within(self, array: np.ndarray) -> np.ndarray:
     """Its part of our array, a view."""
@@ -167,9 +169,7 @@ def pieces(config: CLIPConfig, table: Iterable[Row]) -> dict[str, list[Piece]]:
   return found
 
 
-def key_shapes(
-  config: CLIPConfig, table: Iterable[Row]
-) -> dict[str, tuple[int, ...]]:
+def key_shapes(config: CLIPConfig, table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
   """Every key of a model of this shape, and its tensor's shape."""
   return {
     key: _joined([piece.theirs(config) for piece in parts])
@@ -223,7 +223,9 @@ def from_tensors(
         part = tensor
         if len(parts) > 1:
           part, start = tensor[start : start + shape[0]], start + shape[0]
-        piece.within(_leaf(params, piece.path))[...] = piece.transform.ours(part, config)
+        piece.within(_leaf(params, piece.path))[...] = piece.transform.ours(
+          part, config
+        )
   problems = [
     f"{len(keys)} {what}: {', '.join(keys[:_LISTED])}"
     + (", ..." if len(keys) > _LISTED else "")

@@ -19,7 +19,6 @@ from gcl_jax.fusion import FusionSettings
 from gcl_jax.models.config import CLIPConfig, ResNetConfig
 from gcl_jax.sharding import first_match, map_with_path
 
-
 # Of a convolution before a ReLU, by the numbers that go into a sum (arXiv 1502.01852).
 _CONVOLUTION = r"vision/(.*/)?(shortcut_)?conv\d?/kernel"
 
@@ -29,7 +28,12 @@ def _deviations(config: CLIPConfig) -> list[tuple[str, float]]:
   rules, towers = [], [("vision", config.vision), ("text", config.text)]
   if isinstance(config.vision, ResNetConfig):
     towers.pop(0)
-    rules = [("vision/(position_embedding|pool)/.*(kernel|embedding)", config.vision.features**-0.5)]
+    rules = [
+      (
+        "vision/(position_embedding|pool)/.*(kernel|embedding)",
+        config.vision.features**-0.5,
+      )
+    ]
   for name, tower in towers:
     blocks, outer = f"{name}/blocks", tower.width**-0.5
     inner = outer * (2 * tower.layers) ** -0.5

@@ -91,7 +91,9 @@ def _resnet(config: ResNetConfig) -> tuple[Row, ...]:
     for block in range(blocks):
       ours, theirs = f"vision/stage{stage}_block{block}", f"visual.layer{stage}.{block}"
       for n in (1, 2, 3):
-        rows += _convolution(f"{ours}/{{}}{n}", (f"{theirs}.conv{n}", f"{theirs}.bn{n}"))
+        rows += _convolution(
+          f"{ours}/{{}}{n}", (f"{theirs}.conv{n}", f"{theirs}.bn{n}")
+        )
       if block == 0 and (stage > 1 or inputs != outputs):
         names = f"{theirs}.downsample.0", f"{theirs}.downsample.1"
         rows += _convolution(f"{ours}/shortcut_{{}}", names)

@@ -50,8 +50,8 @@ def default_config() -> ConfigDict:
   # less accuracy. Evaluation sees them all. 0: none.
   config.model.patch_dropout = 0.0
 
-  config.tokenizer = ConfigDict()  # used from scratch only
-  config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files
+  config.tokenizer = ConfigDict()  # from scratch, or for weights that come without one
+  config.tokenizer.path = ""  # a folder, hub id or file with CLIP's vocabulary
   config.tokenizer.vocab_size = 8192  # else: a byte-pair vocabulary of our own captions
 
   config.fusion = ConfigDict()

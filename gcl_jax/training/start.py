@@ -21,9 +21,9 @@ from gcl_jax.models import (
   CLIPConfig,
   Model,
   build,
-  local_folder,
+  find_tokenizer,
   named_config,
-  read_pretrained,
+  read_model,
 )
 from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
 
@@ -44,7 +44,7 @@ def make_start(
   """The model, its processor and its first parameters, as the config says.
 
   Args:
-    config: the run's. `init.pretrained` names a Hugging Face folder, a hub id or
+    config: the run's. `init.pretrained` names what `models.read_model` reads, or
       another run's folder; "" starts from random weights in the shape of
       `model.name` and `model.hf`.
     source: the training records; a vocabulary of our own is learned from its captions.
@@ -89,7 +89,7 @@ def model_from_config(config: ConfigDict) -> Model:
     return _pretrained(config, _fusion(config)).model
   fields = _fields(config)
   if config.tokenizer.path:
-    words = _words(Tokenizer.from_folder(local_folder(config.tokenizer.path)))
+    words = _words(find_tokenizer(config.tokenizer.path))
   else:
     entries = config.tokenizer.vocab_size
     words = {"vocab_size": entries, "eos_token_id": entries - 1}
@@ -129,9 +129,7 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
     model, params, processor, _ = read_run(name)
     shape, its_fusion = model.config, model.fusion
   else:
-    folder = local_folder(name)
-    processor = Processor.from_folder(folder)
-    shape, its_fusion, params = read_pretrained(folder)
+    shape, its_fusion, params, processor = read_model(name, config.tokenizer.path)
   if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
     print(
       f"note: {name} fuses by {its_fusion}, this run by {fusion} (config.fusion)",
@@ -168,7 +166,7 @@ def _from_scratch(
 ) -> tuple[Model, Processor]:
   fields = _fields(config)
   if config.tokenizer.path:
-    tokenizer = Tokenizer.from_folder(local_folder(config.tokenizer.path))
+    tokenizer = find_tokenizer(config.tokenizer.path)
   else:
     tokenizer = Tokenizer.train(
       _captions(source, config.seed),
