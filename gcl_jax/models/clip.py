@@ -306,7 +306,7 @@ class CLIP(nnx.Module):
     of_image, of_text = _of_towers(remat)
     resnet = isinstance(config.vision, ResNetConfig)
     if resnet:
-      self.vision = ResNetTower(config.vision, dtype, REMAT[of_image], rngs)
+      self.vision = ResNetTower(config.vision, dtype, of_image, rngs)
     else:
       self.vision = VisionTower(config.vision, dtype, of_image, rngs)
     self.text = TextTower(config.text, dtype, of_text, rngs)

@@ -24,6 +24,14 @@ _EXPANSION = 4
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
+def _products(primitive, *_, **__) -> bool:
+  """What is kept for the backward pass: products, convolutions among them."""
+  return primitive.name in ("dot_general", "conv_general_dilated")
+
+
+_nothing = jax.checkpoint_policies.nothing_saveable
+
+
 class Convolution(nnx.Module):
   """A square kernel without bias; borders are zeros."""
 
@@ -125,8 +133,8 @@ class Pool(nnx.Module):
 class ResNetTower(nnx.Module):
   """Pixels -> what the pool's attention mixed; the projection is the model's."""
 
-  def __init__(self, config: ResNetConfig, dtype, policy, rngs: nnx.Rngs):
-    """`policy`: of `jax.checkpoint` for each block; None keeps what there is."""
+  def __init__(self, config: ResNetConfig, dtype, remat: str, rngs: nnx.Rngs):
+    """`remat`: as of the other towers; here "dots" is "pointwise"."""
     width = config.width
     for index, (stride, inputs, outputs) in enumerate(
       ((2, 3, width // 2), (1, width // 2, width // 2), (1, width // 2, width)), 1
@@ -145,7 +153,7 @@ class ResNetTower(nnx.Module):
       config.positions, config.features, dtype=dtype, rngs=rngs
     )
     self.pool = Pool(config, dtype, rngs)
-    self.config, self.dtype, self.policy = config, dtype, policy
+    self.config, self.dtype, self.remat = config, dtype, remat
 
   def __call__(self, pixels: Array, kept: Array | None = None) -> Array:
     """(B, S, S, 3), normalised -> (B, 32 widths).
@@ -173,7 +181,7 @@ class ResNetTower(nnx.Module):
     return self.pool(x + self.position_embedding.embedding[...].astype(self.dtype))
 
   def _block(self, block: Bottleneck, x: Array) -> Array:
-    if self.policy is None:
+    if self.remat == "none":
       return block(x)
     graphdef, state = nnx.split(block)
     params = nnx.to_pure_dict(state)
@@ -181,4 +189,5 @@ class ResNetTower(nnx.Module):
     def run(x: Array, params) -> Array:
       return nnx.merge(graphdef, nnx.State(params))(x)
 
-    return jax.checkpoint(run, policy=self.policy)(x, params)
+    policy = _nothing if self.remat == "full" else _products
+    return jax.checkpoint(run, policy=policy)(x, params)
