@@ -78,6 +78,8 @@ def _read_file(file: Path, tokenizer: str) -> Pretrained:
         f"{words.eos_id}; the model's are {text.vocab_size} and {text.eos_id}: use CLIP's "
         "own vocabulary."
       )
+    if words.max_length > text.context:
+      words = words.cut_to(text.context)
     processor = Processor(read.images, words)
     return Pretrained(read.config, FusionSettings(), read.params(), processor)
 

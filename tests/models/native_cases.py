@@ -8,6 +8,8 @@ pruned.
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 HEAD = 64
-VOCABULARY, CONTEXT = 300, 16
+VOCABULARY, CONTEXT = 514, 16
 END = VOCABULARY - 1
 ACTS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 State = dict[str, torch.Tensor]
@@ -280,12 +282,12 @@ def uneven() -> tuple[State, dict[str, Any]]:
   width = 4 * HEAD
   plan = {
     "visual.transformer": {
-      "hidden": some(150, width),
+      "hidden": some(152, width),
       "heads": [some(3, 4), [], some(1, 4)],
       "mlps": [some(300, 4 * width), some(77, 4 * width), None],
     },
     "transformer": {
-      "hidden": some(91, width),
+      "hidden": some(90, width),
       "heads": [some(2, 4), some(4, 4), some(1, 4)],
       "mlps": [some(55, 4 * width), [], some(200, 4 * width)],
     },
@@ -304,6 +306,20 @@ def tinyclip_keys(state: State, ddp: bool = False) -> State:
     of = image if key.startswith("visual.") else of
     named[f"{of}.{wrap}{key}"] = value
   return named
+
+
+def tokenizer_folder(folder: Path, entries: int = VOCABULARY) -> Path:
+  """Writes a tokenizer of single bytes, and of as many entries as the cases have."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  symbols = [chr(byte) for byte in printable]
+  symbols += [chr(256 + n) for n in range(256 - len(symbols))]
+  names = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
+  names += [f"more{n}" for n in range(entries - len(names) - 2)]
+  names += ["<|startoftext|>", "<|endoftext|>"]
+  vocabulary = {name: i for i, name in enumerate(names)}
+  (folder / "vocab.json").write_text(json.dumps(vocabulary))
+  (folder / "merges.txt").write_text("#version: 0.2\n")
+  return folder
 
 
 def pictures(size: int, count: int = 3) -> np.ndarray:

@@ -31,15 +31,7 @@ CLOSE = 2e-5  # between unit vectors, float32
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
   """A folder with tokenizer files of as many entries as the cases have."""
-  return tokenizer_folder(tmp_path_factory.mktemp("words"), cases.VOCABULARY)
-
-
-def tokenizer_folder(folder: Path, entries: int) -> Path:
-  vocabulary = {chr(0x4E00 + i): i for i in range(entries - 2)}
-  vocabulary |= {"<|startoftext|>": entries - 2, "<|endoftext|>": entries - 1}
-  (folder / "vocab.json").write_text(json.dumps(vocabulary))
-  (folder / "merges.txt").write_text("#version: 0.2\n")
-  return folder
+  return cases.tokenizer_folder(tmp_path_factory.mktemp("words"))
 
 
 @functools.cache
@@ -110,7 +102,7 @@ def describe(folder, quick_gelu, state, **preprocess):
 @pytest.mark.parametrize("made", [cases.vit, cases.resnet], ids=["vit", "resnet"])
 def test_an_openai_archive_equals_pytorch(tmp_path, words, made):
   state = {k: v.half() if v.ndim > 1 else v for k, v in made().items()}
-  numbers = {"input_resolution": 32, "context_length": 16, "vocab_size": 300}
+  numbers = {"input_resolution": 32, "context_length": 16, "vocab_size": 514}
   extra = {key: torch.tensor(value) for key, value in numbers.items()}
   save_scripted({**state, **extra}, tmp_path / "model.pt")
   read = read_model(tmp_path / "model.pt", str(words))
@@ -175,7 +167,7 @@ def uneven(tmp_path_factory, words):
 def test_a_pruned_tinyclip_equals_pytorch(uneven):
   cut, read = uneven
   vision, text = read.config.vision, read.config.text
-  assert (vision.width, text.width, vision.head) == (150, 91, 64)
+  assert (vision.width, text.width, vision.head) == (152, 90, 64)
   assert vision.layer_heads == (3, None, 1) and vision.layer_mlps == (300, 77, None)
   assert text.layer_heads == (2, 4, 1) and text.layer_mlps == (55, 0, 200)
   assert max(gaps(read, cut, "gelu")) < CLOSE
@@ -427,11 +419,12 @@ def test_no_tokenizer_beside_a_file(tmp_path, words):
   torch.save(cases.tinyclip_keys(cases.vit()), tmp_path / "tiny.pt")
   with pytest.raises(UserError, match=r"no tokenizer.*config\.tokenizer\.path"):
     read_model(tmp_path / "tiny.pt")
-  tokenizer_folder(tmp_path, cases.VOCABULARY)
+  cases.tokenizer_folder(tmp_path)
   read = read_model(tmp_path / "tiny.pt")
-  assert read.processor.tokenizer.eos_id == cases.END
-  tokenizer_folder(tmp_path, cases.VOCABULARY + 1)
-  with pytest.raises(UserError, match="has 301 entries"):
+  tokens = read.processor.tokenizer(["a text that is longer than its context"])
+  assert tokens.shape == (1, cases.CONTEXT) and tokens[0, -1] == cases.END
+  cases.tokenizer_folder(tmp_path, cases.VOCABULARY + 1)
+  with pytest.raises(UserError, match="has 515 entries"):
     read_model(tmp_path / "tiny.pt")
 
 
