@@ -22,6 +22,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
 from gcl_jax.models import build, read_model, read_pretrained, write_pretrained
 from gcl_jax.models.config import CLIPConfig, ResNetConfig
+from gcl_jax.models.native import native_config
 from gcl_jax.models.weights import open_weights
 from gcl_jax.processing import Tokenizer
 
@@ -494,3 +495,27 @@ def test_a_scripted_archive_is_read_whole(tmp_path):
     for key, value in state.items():
       np.testing.assert_array_equal(tensors[key], value.numpy())
     np.testing.assert_array_equal(tensors["t"], state["a.b.c"].T.numpy())
+
+
+@pytest.mark.parametrize(
+  "lost, head, match",
+  [
+    ("visual.layer3", 64, "has no visual.layer3: it is not a whole ResNet"),
+    ("transformer.resblocks", 64, "has no transformer.resblocks"),
+    ("none", 48, "128 channels are no heads of 48"),
+    ("token_embedding.weight", 64, "has no token_embedding.weight"),
+  ],
+)
+def test_tensors_that_are_no_whole_model(lost, head, match):
+  shapes = {k: tuple(v.shape) for k, v in cases.resnet().items()}
+  shapes = {k: v for k, v in shapes.items() if not k.startswith(lost)}
+  with pytest.raises(UserError, match=match):
+    native_config(shapes, "the file", act="gelu", vision_head=head)
+
+
+def test_a_width_of_no_whole_heads():
+  shapes = {k: tuple(v.shape) for k, v in cases.vit().items()}
+  with pytest.raises(
+    UserError, match="128 channels of visual.transformer are no heads"
+  ):
+    native_config(shapes, "the file", act="gelu", vision_head=48)

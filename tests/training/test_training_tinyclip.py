@@ -126,6 +126,7 @@ def test_a_run_is_embedded_exported_and_read_again(trained, tmp_path):
   want = gcl_jax.load(root / "run").embed(**documents)
   folder = export_run(root / "run", tmp_path / "out")
   loaded = gcl_jax.load(folder)
+  assert loaded.config == gcl_jax.load(root / "tiny.pt").config
   np.testing.assert_allclose(loaded.embed(**documents), want, atol=1e-6)
   # The card's own lines, in PyTorch.
   card = (folder / "README.md").read_text()
