@@ -51,7 +51,7 @@ def _define_flags() -> None:
   flags.DEFINE_bool(
     "quick", False, "the first model, smaller batches, under two minutes"
   )
-  flags.DEFINE_list("models", list(_MODELS), "named shapes")
+  flags.DEFINE_list("models", list(_MODELS), "named shapes, or files of weights")
   flags.DEFINE_string(
     "data",
     os.environ.get("GCL_JAX_DATA", "../shared/data"),
@@ -88,11 +88,17 @@ def main() -> None:
 def recipe(
   name: str, data: Path, batch_size: int, dtype: str = "float32"
 ) -> ConfigDict:
-  """A run's config: a named shape from random weights, on Flickr8k where it is there."""
+  """A run's config: a named shape from random weights, or a file of weights; on Flickr8k
+  where it is there.
+  """
   from gcl_jax.training.config import default_config
 
   config = default_config()
-  config.model.name, config.model.dtype = name, dtype
+  config.model.dtype = dtype
+  if Path(name).exists():
+    config.init.pretrained = name
+  else:
+    config.model.name = name
   config.batch_size = batch_size
   if (data / "flickr8k").is_dir() and (data / "clip_tokenizer").is_dir():
     config.data.path = str(data / "flickr8k")
@@ -144,7 +150,7 @@ def measure(config: ConfigDict, *, repeats: int) -> list[dict[str, Any]]:
       if repeat:  # the first of each compiles and warms up
         seconds[side, length].append(time.perf_counter() - began)
   shared = {
-    "model": config.model.name,
+    "model": config.model.name or Path(config.init.pretrained).name,
     "batch": config.batch_size,
     "dtype": config.model.dtype,
     "data": (config.data.path and Path(config.data.path).name) or "made up",

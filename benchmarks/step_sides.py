@@ -17,8 +17,14 @@ import transformers
 from ml_collections import ConfigDict
 from torch.nn.functional import normalize
 
-from gcl_jax.models import Model
-from gcl_jax.models.convert import from_hf, to_hf
+from gcl_jax.models import Model, pytorch_clip
+from gcl_jax.models.convert import (
+  HUGGING_FACE,
+  TABLE,
+  from_tensors,
+  to_tensors,
+)
+from gcl_jax.models.native import native_layout, native_table
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import make_mesh, put_batch
 from gcl_jax.training.compiled import CompiledStep
@@ -72,16 +78,25 @@ class Ours:
 
 
 class PyTorch:
-  """`transformers.CLIPModel` and the loss as a reader of the paper would write it."""
+  """`transformers.CLIPModel` and the loss as a reader of the paper would write it.
+
+  Where `CLIPModel` has no such shape (pruned, a ResNet), the file that an export carries:
+  the layers as the release runs them, none larger than it was cut to. A ResNet's batch
+  norms keep their statistics on both sides.
+  """
 
   def __init__(
     self, config: ConfigDict, model: Model, images: ImageProcessor, params: Any
   ):
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
-    self._model = transformers.CLIPModel(
-      transformers.CLIPConfig.from_dict(model.config.to_hf())
-    )
-    tensors = to_hf(params, model.config)
+    shape, fields = model.config, model.config.to_hf()
+    if shape.plain:
+      self._layout, table = HUGGING_FACE, TABLE
+      self._model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(fields))
+    else:
+      self._layout, table = native_layout(shape, "", ""), native_table(shape)
+      self._model = pytorch_clip.CLIP(fields)
+    tensors = to_tensors(params, shape, table)
     self._model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
     self._model.to(self._device).train()
     self._images, self._config = images, model.config
@@ -131,9 +146,11 @@ class PyTorch:
   def params(self) -> Any:
     """A copy of the parameters in our tree, NumPy."""
     tensors = {k: v.cpu().numpy() for k, v in self._model.state_dict().items()}
-    return from_hf(tensors, self._config, "the PyTorch side")
+    return from_tensors(tensors, self._config, "the PyTorch side", self._layout)
 
   def _towers(self, pixels, tokens):
+    if not self._config.plain:
+      return self._model.encode_image(pixels), self._model.encode_text(tokens)
     image = self._model.vision_model(pixels).pooler_output
     text = self._model.text_model(tokens).pooler_output
     return self._model.visual_projection(image), self._model.text_projection(text)

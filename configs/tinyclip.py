@@ -4,7 +4,9 @@
 
 It starts from the published ViT-40M-32-Text-19M; a variant names another of the four
 published ViTs: `configs/tinyclip.py:8M`, `:39M`, `:40M`, `:61M`. A folder on disk:
-`--config.init.pretrained=<folder>`. From scratch:
+`--config.init.pretrained=<folder>`. The pruned models and the ResNets are files of the
+release: `--config.init.pretrained=TinyCLIP-auto-ViT-45M-32-Text-18M-LAION400M.pt`, with
+CLIP's vocabulary beside it or in `--config.tokenizer.path`. From scratch:
 `--config.init.pretrained="" --config.model.name=TinyCLIP-ViT-8M-16-Text-3M`.
 
 What is the paper's and what is ours: `gcl_jax/training/paper.py`.

@@ -37,9 +37,11 @@ def main() -> None:
   notes = [describe_loss(run.config)]
   table = to_markdown(rows, notes=notes) if rows else notes[0]
   folder = export_run(_FLAGS.checkpoint, _FLAGS.output, step=step, table=table)
+  loader = f"CLIPModel.from_pretrained({str(folder)!r})"
+  if not run.model.plain:
+    loader = f"load from {folder / 'pytorch_clip.py'}"
   print(
-    f"written: {folder} (step {step})\n"
-    f"In PyTorch: CLIPModel.from_pretrained({str(folder)!r}); see {folder}/README.md"
+    f"written: {folder} (step {step})\nIn PyTorch: {loader}; see {folder}/README.md"
   )
 
 

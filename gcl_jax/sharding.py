@@ -37,7 +37,11 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r"text/token_embedding/embedding", P(None, "fsdp")),
   (r"vision/patch_embedding/kernel", P(None, "fsdp")),
   (r"(image|text)_projection/kernel", P("fsdp", None)),
-  (r".*/(\w*norm\d?)/(scale|bias)", P()),
+  # A ResNet's convolutions are small beside its pool.
+  (r"vision/pool/(query|key|value)/kernel", P("fsdp", None)),
+  (r"vision/pool/(query|key|value)/bias|image_projection/bias", P()),
+  (r"vision/(.*/)?(shortcut_)?conv\d?/kernel", P()),
+  (r".*/(\w*norm\d?)/(scale|bias|mean|var)", P()),
   (r".*/(out|fc2)/bias", P()),
   (r".*/position_embedding/embedding", P()),
   (r"vision/class_embedding|logit_scale|fusion/\w+", P()),

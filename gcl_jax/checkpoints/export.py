@@ -24,6 +24,7 @@ _FILES = {
   "merges.txt",
   "model.safetensors",
   "preprocessor_config.json",
+  "pytorch_clip.py",
   "special_tokens_map.json",
   "tokenizer.json",
   "tokenizer_config.json",
@@ -50,7 +51,8 @@ def export_run(
     table: Markdown for the card: what the evaluation found.
 
   Returns:
-    The folder, which `CLIPModel.from_pretrained` and `CLIPProcessor` load. Weights are
+    The folder, which `CLIPModel.from_pretrained` and `CLIPProcessor` load; where
+    `CLIPModel` has no such shape, the `pytorch_clip.py` inside loads it. Weights are
     bit-identical to the run's.
 
   Raises:
@@ -69,7 +71,9 @@ def export_run(
     (part / _MARK).touch()
     processor.save(part)
     write_pretrained(part, model.config, params, fusion)
-    (part / _CARD).write_text(model_card(config.name, fusion, table))
+    (part / _CARD).write_text(
+      model_card(config.name, fusion, table, model.config.plain)
+    )
     _put_in_place(part, place)
   except OSError as error:
     raise UserError(
@@ -165,14 +169,16 @@ def _settings(fusion: FusionSettings, params: dict) -> FusionSettings:
   )
 
 
-def model_card(name: str, fusion: FusionSettings, table: str) -> str:
-  """The README.md of an exported folder; its Python is tested as printed."""
-  unit = fusion.of == "unit"
-  image = "normalize(image, dim=-1)" if unit else "image"
-  text = "normalize(text, dim=-1)" if unit else "text"
+def model_card(
+  name: str, fusion: FusionSettings, table: str, plain: bool = True
+) -> str:
+  """The README.md of an exported folder; its Python is tested as printed.
+
+  `plain`: whether transformers' `CLIPModel` loads the folder.
+  """
   results = f"\n## Results\n\n{table}\n" if table else ""
   return f"""---
-library_name: transformers
+library_name: {"transformers" if plain else "pytorch"}
 tags: [clip, multimodal-retrieval, gcl-2509.25638]
 ---
 # {name}
@@ -183,7 +189,19 @@ embeddings by their dot product. Fused embeddings of documents with both, in PyT
 (from inside this folder; elsewhere write its path for the dot):
 
 ```python
-from PIL import Image
+{_with_transformers(fusion) if plain else _WITH_OUR_FILE}```
+
+An image alone is `normalize(image, dim=-1)`, a text alone `normalize(text, dim=-1)`.
+In JAX: `gcl_jax.load(folder).embed(images=[...], texts=[...])`, with `None` where a
+document lacks one of the two.
+{results}"""
+
+
+def _with_transformers(fusion: FusionSettings) -> str:
+  unit = fusion.of == "unit"
+  image = "normalize(image, dim=-1)" if unit else "image"
+  text = "normalize(text, dim=-1)" if unit else "text"
+  return f"""from PIL import Image
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor
 
@@ -194,9 +212,22 @@ inputs = processor(text=["a caption"], images=[Image.open("picture.jpg")],
 image = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
 text = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
 fused = normalize({fusion.image_weight} * {image} + {fusion.text_weight} * {text}, dim=-1)
-```
+"""
 
-An image alone is `normalize(image, dim=-1)`, a text alone `normalize(text, dim=-1)`.
-In JAX: `gcl_jax.load(folder).embed(images=[...], texts=[...])`, with `None` where a
-document lacks one of the two.
-{results}"""
+
+# A pruned tower or a ResNet: the model is in a file of the folder, which needs torch and
+# safetensors; the processor is transformers', and could be any that makes the same inputs.
+_WITH_OUR_FILE = """from PIL import Image
+from torch.nn.functional import normalize
+from transformers import CLIPProcessor
+
+from pytorch_clip import load
+
+model = load(".").requires_grad_(False)
+processor = CLIPProcessor.from_pretrained(".")
+inputs = processor(text=["a caption"], images=[Image.open("picture.jpg")],
+                   return_tensors="pt", padding=True, truncation=True)
+image = model.encode_image(inputs["pixel_values"])
+text = model.encode_text(inputs["input_ids"])
+fused = model.fuse(image, text)
+"""

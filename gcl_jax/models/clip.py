@@ -2,7 +2,9 @@
 
 Parameters are float32 and live outside the module, as a plain nested dict: the blocks
 of a tower are one block whose arrays have a leading layers axis, and `jax.lax.scan`
-runs over it, so compile time and the compiled program do not grow with depth.
+runs over it, so compile time and the compiled program do not grow with depth. Pruned
+towers whose layers differ run layer by layer (`uneven.py`); an image tower may be a
+ResNet (`resnet.py`).
 
 Source: Radford et al., arXiv 2103.00020; numbers equal transformers' `CLIPModel`.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -20,8 +23,10 @@ from jax import Array
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings, Mix, score_fusion
-from gcl_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from gcl_jax.models.config import CLIPConfig, ResNetConfig, TextConfig, VisionConfig
 from gcl_jax.models.initial import initial_params
+from gcl_jax.models.resnet import ResNetTower
+from gcl_jax.models.uneven import cut
 from gcl_jax.sharding import gathered, rows_apart
 
 _policies = jax.checkpoint_policies
@@ -78,32 +83,33 @@ class Attention(nnx.Module):
   """Multi-head self-attention; softmax in float32."""
 
   def __init__(self, config, causal: bool, dtype, rngs: nnx.Rngs):
-    width = config.width
-    self.query = _linear(width, width, dtype, rngs)
-    self.key = _linear(width, width, dtype, rngs)
-    self.value = _linear(width, width, dtype, rngs)
-    self.out = _linear(width, width, dtype, rngs)
-    self.heads, self.causal = config.heads, causal
+    width, inner = config.width, config.heads * config.head
+    self.query = _linear(width, inner, dtype, rngs)
+    self.key = _linear(width, inner, dtype, rngs)
+    self.value = _linear(width, inner, dtype, rngs)
+    self.out = _linear(inner, width, dtype, rngs)
+    self.head, self.causal = config.head, causal
 
   def __call__(self, x: Array) -> Array:
     """(B, L, width) -> the same."""
     batch, length, width = x.shape
-    x = _rows(x)
+    x, head = _rows(x), self.head
 
     def heads(projected: Array) -> Array:
       # (B, heads, L, head): with both batch axes first the CPU's products are a third
       # faster than with heads behind the length.
-      split = projected.reshape(batch, length, self.heads, width // self.heads)
+      # As many heads as the kernel has: a cut layer has fewer than the config's.
+      split = projected.reshape(batch, length, projected.shape[-1] // head, head)
       return split.transpose(0, 2, 1, 3)
 
     q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-    q = q * (width // self.heads) ** -0.5
+    q = q * head**-0.5
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     if self.causal:
       logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape)
+    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], q.shape[1] * head)
     return self.out(mixed).reshape(batch, length, width)
 
 
@@ -121,7 +127,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + attention(norm1 x), then x + mlp(norm2 x)."""
+  """x + attention(norm1 x), then x + mlp(norm2 x); a pruned one may lack a half."""
 
   def __init__(self, config, causal: bool, dtype, rngs: nnx.Rngs):
     self.norm1 = _norm(config.width, config.eps, dtype, rngs)
@@ -129,10 +135,13 @@ class Block(nnx.Module):
     self.norm2 = _norm(config.width, config.eps, dtype, rngs)
     self.mlp = MLP(config, dtype, rngs)
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, halves: Collection[str] = ("attention", "mlp")) -> Array:
     """(B, L, width) -> the same."""
-    x = x + self.attention(self.norm1(x))
-    return x + self.mlp(self.norm2(x))
+    if "attention" in halves:
+      x = x + self.attention(self.norm1(x))
+    if "mlp" in halves:
+      x = x + self.mlp(self.norm2(x))
+    return x
 
 
 def _stack(config, causal: bool, dtype, rngs: nnx.Rngs) -> Block:
@@ -146,8 +155,10 @@ def _stack(config, causal: bool, dtype, rngs: nnx.Rngs) -> Block:
   return make(rngs)
 
 
-def _run(blocks: Block, x: Array, remat: str, tower: str) -> Array:
+def _run(blocks: Block, x: Array, config, remat: str, tower: str) -> Array:
   graphdef, state = nnx.split(blocks)
+  if config.uneven:
+    return _run_uneven(graphdef, nnx.to_pure_dict(state), x, config, remat, tower)
 
   def step(x: Array, layer: dict[str, Any]) -> tuple[Array, None]:
     layer = gathered(layer, f"{tower}/blocks", layer=True)
@@ -156,6 +167,32 @@ def _run(blocks: Block, x: Array, remat: str, tower: str) -> Array:
   if remat != "none":
     step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
   return jax.lax.scan(step, x, nnx.to_pure_dict(state))[0]
+
+
+def _run_uneven(graphdef, params, x: Array, config, remat: str, tower: str) -> Array:
+  """One layer after another, each cut to its own size."""
+  # Backward this is one concatenation; of indexing it would be a sum of whole stacks.
+  ones = (1,) * config.layers
+  apart = jax.tree.map(lambda leaf: jax.lax.split(leaf, ones), params)
+
+  for index in range(config.layers):
+
+    def step(x: Array, layer: dict[str, Any], index: int = index) -> Array:
+      layer = gathered(layer, f"{tower}/blocks", layer=True)
+      own = cut(config, index, layer)
+      # What is cut away stays bound, and unused.
+      block = nnx.merge(graphdef, nnx.State({**layer, **own}))
+      return rows_apart(block(rows_apart(x), own))
+
+    layer = jax.tree.map(
+      lambda leaves, index=index: leaves[index][0],
+      apart,
+      is_leaf=lambda node: isinstance(node, tuple | list),
+    )
+    if remat != "none":
+      step = jax.checkpoint(step, policy=REMAT[remat])
+    x = step(x, layer)
+  return x
 
 
 class VisionTower(nnx.Module):
@@ -202,7 +239,7 @@ class VisionTower(nnx.Module):
     first = self.class_embedding[...].astype(self.dtype)
     first = jnp.broadcast_to(first, (batch, 1, config.width))
     x = jnp.concatenate([first, x], axis=1)
-    x = _run(self.blocks, self.pre_norm(x + positions), self.remat, "vision")
+    x = _run(self.blocks, self.pre_norm(x + positions), config, self.remat, "vision")
     return self.post_norm(x[:, 0])
 
 
@@ -231,7 +268,7 @@ class TextTower(nnx.Module):
     length = tokens.shape[1]
     positions = self.position_embedding.embedding[:length].astype(self.dtype)
     x = self.token_embedding(tokens) + positions
-    x = _run(self.blocks, x, self.remat, "text")
+    x = _run(self.blocks, x, config, self.remat, "text")
     if config.eos_id == 2:
       # OpenAI's configs say 2, which their vocabulary does not mean: transformers takes
       # the largest id there, which is the end of text.
@@ -267,10 +304,14 @@ class CLIP(nnx.Module):
   ):
     width = config.projection_dim
     of_image, of_text = _of_towers(remat)
-    self.vision = VisionTower(config.vision, dtype, of_image, rngs)
+    resnet = isinstance(config.vision, ResNetConfig)
+    if resnet:
+      self.vision = ResNetTower(config.vision, dtype, of_image, rngs)
+    else:
+      self.vision = VisionTower(config.vision, dtype, of_image, rngs)
     self.text = TextTower(config.text, dtype, of_text, rngs)
     self.image_projection = _linear(
-      config.vision.width, width, jnp.float32, rngs, bias=False
+      config.vision.features, width, jnp.float32, rngs, bias=resnet
     )
     self.text_projection = _linear(
       config.text.width, width, jnp.float32, rngs, bias=False

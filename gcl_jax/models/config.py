@@ -13,8 +13,33 @@ from gcl_jax.errors import UserError
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
+class _Transformer:
+  """What both towers' shapes have in common.
+
+  A pruned tower (TinyCLIP's automatic inheritance) keeps the head width and loses
+  channels between the layers, heads, and channels of the MLPs: `head_width` says what
+  `width` no longer does. Where its layers differ, `layer_heads` and `layer_mlps` say what
+  each has, None for a half that is gone, and `heads` and `mlp` are the most of any.
+  """
+
+  @property
+  def head(self) -> int:
+    """Channels of a head."""
+    return self.head_width or self.width // self.heads
+
+  @property
+  def uneven(self) -> bool:
+    """Whether layers differ in size."""
+    return bool(self.layer_heads)
+
+  @property
+  def plain(self) -> bool:
+    """Whether Hugging Face's `CLIPModel` has such a tower."""
+    return not self.uneven and self.heads * self.head == self.width
+
+
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(_Transformer):
   """The image tower: a pre-norm ViT that pools its class token."""
 
   width: int = 768
@@ -25,6 +50,14 @@ class VisionConfig:
   image_size: int = 224
   act: str = "quick_gelu"
   eps: float = 1e-5
+  head_width: int | None = None
+  layer_heads: tuple[int | None, ...] = ()
+  layer_mlps: tuple[int | None, ...] = ()
+
+  @property
+  def features(self) -> int:
+    """Channels of what the tower gives to the projection."""
+    return self.width
 
   @property
   def grid(self) -> int:
@@ -38,7 +71,37 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class ResNetConfig:
+  """An image tower of convolutions: CLIP's ResNet, which ends in an attention pool.
+
+  `width` is that of the first stage, `stages` are the blocks of each of the four; the
+  pool's attention has `heads` heads over 32 times the width.
+  """
+
+  width: int = 64
+  stages: tuple[int, int, int, int] = (3, 4, 6, 3)
+  heads: int = 32
+  image_size: int = 224
+  plain = False
+
+  @property
+  def features(self) -> int:
+    """Channels of what the tower gives to the projection."""
+    return 32 * self.width
+
+  @property
+  def grid(self) -> int:
+    """Cells a side that the pool looks at."""
+    return self.image_size // 32
+
+  @property
+  def positions(self) -> int:
+    """The cells and their mean."""
+    return self.grid**2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(_Transformer):
   """The text tower: causal, pooled at the end-of-text token."""
 
   width: int = 512
@@ -52,6 +115,9 @@ class TextConfig:
   bos_id: int = 49406
   eos_id: int = 49407
   pad_id: int = 1
+  head_width: int | None = None
+  layer_heads: tuple[int | None, ...] = ()
+  layer_mlps: tuple[int | None, ...] = ()
 
 
 # (our field, Hugging Face's key), for both towers and for each.
@@ -73,6 +139,14 @@ _TEXT = (
   ("pad_id", "pad_token_id"),
 )
 _TOKEN_IDS = ("bos_id", "eos_id", "pad_id")
+# Of a model that `CLIPModel` does not have: `model_type`, and our own keys in a tower.
+OWN_TYPE = "gcl_jax_clip"
+_OWN_RESNET = "clip_resnet_vision_model"
+_OWN = (
+  ("head_width", "head_dim"),
+  ("layer_heads", "layer_heads"),
+  ("layer_mlps", "layer_intermediate_sizes"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +159,19 @@ class CLIPConfig:
     logit_scale_init: initial logarithm of the logit scale.
   """
 
-  vision: VisionConfig = VisionConfig()
+  vision: VisionConfig | ResNetConfig = VisionConfig()
   text: TextConfig = TextConfig()
   projection_dim: int = 512
   logit_scale_init: float = 2.6592
 
+  @property
+  def plain(self) -> bool:
+    """Whether Hugging Face's `CLIPModel` has this shape."""
+    return self.vision.plain and self.text.plain
+
   @classmethod
   def from_hf(cls, fields: Mapping[str, Any]) -> CLIPConfig:
-    """A Hugging Face `config.json` as a dict; keys that we do not know are ignored.
+    """A `config.json` as a dict, Hugging Face's or ours; unknown keys are ignored.
 
     Old files carry `text_config_dict` beside `text_config` (and the same for vision):
     transformers expands it with the class defaults and lets it overwrite every field,
@@ -113,8 +192,14 @@ class CLIPConfig:
       raise UserError(
         f"vision_config.num_channels is {channels!r}: images here have 3."
       )
-    vision = VisionConfig(**_fields(towers["vision"], _VISION, VisionConfig, "vision"))
+    if towers["vision"].get("model_type") == _OWN_RESNET:
+      vision = _resnet(towers["vision"])
+    else:
+      part = towers["vision"]
+      vision = VisionConfig(**_fields(part, _VISION, VisionConfig, "vision"))
     text = TextConfig(**_fields(towers["text"], _TEXT, TextConfig, "text"))
+    if vision.grid < 1 and isinstance(vision, ResNetConfig):
+      raise UserError(f"vision_config.image_size is {vision.image_size}, under 32.")
     if vision.grid < 1:
       raise UserError(
         f"vision_config.patch_size is {vision.patch}, more than its image_size "
@@ -128,32 +213,57 @@ class CLIPConfig:
   def to_hf(self) -> dict[str, Any]:
     """A `config.json` that `transformers.CLIPModel.from_pretrained` reads.
 
-    `from_hf` gives this config back.
+    Of a model that is not `plain`, one that says so by its `model_type`. `from_hf` gives
+    this config back.
     """
-    towers = {
-      "text_config": (self.text, _TEXT, {"model_type": "clip_text_model"}),
-      "vision_config": (
-        self.vision,
-        _VISION,
-        {"model_type": "clip_vision_model", "num_channels": 3},
-      ),
-    }
     return {
-      "architectures": ["CLIPModel"],
-      "model_type": "clip",
+      "architectures": ["CLIPModel" if self.plain else "CLIP"],
+      "model_type": "clip" if self.plain else OWN_TYPE,
       "dtype": "float32",
       "projection_dim": self.projection_dim,
       "logit_scale_init_value": self.logit_scale_init,
-      **{
-        name: {
-          **extra,
-          "projection_dim": self.projection_dim,
-          "attention_dropout": 0.0,
-          **{theirs: getattr(tower, ours) for ours, theirs in table},
-        }
-        for name, (tower, table, extra) in towers.items()
-      },
+      "text_config": self._tower(self.text, _TEXT, {"model_type": "clip_text_model"}),
+      "vision_config": self._vision(),
     }
+
+  def _vision(self) -> dict[str, Any]:
+    if isinstance(self.vision, ResNetConfig):
+      return {
+        "model_type": _OWN_RESNET,
+        "hidden_size": self.vision.width,
+        "stage_layers": list(self.vision.stages),
+        "num_attention_heads": self.vision.heads,
+        "image_size": self.vision.image_size,
+      }
+    extra = {"model_type": "clip_vision_model", "num_channels": 3}
+    return self._tower(self.vision, _VISION, extra)
+
+  def _tower(self, tower, table, extra: dict[str, Any]) -> dict[str, Any]:
+    own = {} if tower.plain else {theirs: getattr(tower, ours) for ours, theirs in _OWN}
+    return {
+      **extra,
+      "projection_dim": self.projection_dim,
+      "attention_dropout": 0.0,
+      **{theirs: getattr(tower, ours) for ours, theirs in table},
+      **{k: list(v) if isinstance(v, tuple) else v for k, v in own.items()},
+    }
+
+
+def _resnet(part: Mapping[str, Any]) -> ResNetConfig:
+  where, defaults = "vision_config", ResNetConfig()
+  stages = part.get("stage_layers", defaults.stages)
+  whole = isinstance(stages, list | tuple) and all(type(n) is int for n in stages)
+  if not whole or len(stages) != 4 or min(stages) < 1:
+    raise UserError(f"{where}.stage_layers is {stages!r}: it must be four numbers.")
+  width = _number(part, "hidden_size", defaults.width, where)
+  heads = _number(part, "num_attention_heads", defaults.heads, where)
+  if width % 2 or (32 * width) % heads:
+    raise UserError(
+      f"{where}: hidden_size {width} must be even, and 32 times it a multiple of "
+      f"num_attention_heads {heads}."
+    )
+  size = _number(part, "image_size", defaults.image_size, where)
+  return ResNetConfig(width, tuple(stages), heads, size)
 
 
 def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
@@ -170,12 +280,42 @@ def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
     raise UserError(
       f"{where}.hidden_act is {out['act']!r}: it is one of {', '.join(ACTIVATIONS)}."
     )
+  if part.get("head_dim") is not None or part.get("layer_heads"):
+    return out | _own_fields(part, out, where)
   if out["width"] % out["heads"]:
     raise UserError(
       f"{where}: hidden_size {out['width']} is not a multiple of "
       f"num_attention_heads {out['heads']}."
     )
   return out
+
+
+def _own_fields(part, plain: dict[str, Any], where: str) -> dict[str, Any]:
+  """The fields of a tower that was pruned."""
+  own: dict[str, Any] = {"head_width": _number(part, "head_dim", 64, where)}
+  for ours, theirs in _OWN[1:]:
+    sizes = part.get(theirs) or []
+    whole = isinstance(sizes, list | tuple) and all(
+      n is None or (type(n) is int and n >= 0) for n in sizes
+    )
+    if not whole or len(sizes) not in (0, plain["layers"]):
+      raise UserError(
+        f"{where}.{theirs} is {sizes!r}: it must be a number, or null, for each of the "
+        f"{plain['layers']} layers."
+      )
+    own[ours] = tuple(sizes)
+  if bool(own["layer_heads"]) != bool(own["layer_mlps"]):
+    raise UserError(
+      f"{where} must have both {_OWN[1][1]} and {_OWN[2][1]}, or neither."
+    )
+  for ours, most in (("layer_heads", "heads"), ("layer_mlps", "mlp")):
+    largest = max((n or 0 for n in own[ours]), default=plain[most])
+    if max(largest, 1) != plain[most]:
+      raise UserError(
+        f"{where}.{dict(_OWN)[ours]} has at most {largest}, but {dict(_SHARED)[most]} is "
+        f"{plain[most]}."
+      )
+  return own
 
 
 def _number(part, key: str, default: int | float, where: str, low: int | None = 1):
@@ -209,6 +349,14 @@ def _vit(
   )
 
 
+def _resnet_clip(
+  width: int, text: tuple[int, int, int], projection_dim: int, act: str
+) -> CLIPConfig:
+  """CLIP's ResNet of [3, 4, 6, 3] blocks, its pool's heads 64 wide."""
+  plain = _vit((768, 12, 12, 32, 224), text, projection_dim, act)
+  return dataclasses.replace(plain, vision=ResNetConfig(width, heads=width // 2))
+
+
 _B, _L = (512, 12, 8), (768, 12, 12)
 _NAMED = {
   "ViT-B/32": _vit((768, 12, 12, 32, 224), _B, 512, "quick_gelu"),
@@ -221,12 +369,14 @@ _NAMED = {
   "TinyCLIP-ViT-61M-32-Text-29M": _vit(
     (640, 12, 10, 32, 224), (512, 9, 8), 512, "gelu"
   ),
+  "TinyCLIP-ResNet-19M-Text-19M": _resnet_clip(44, (512, 6, 8), 1024, "gelu"),
+  "TinyCLIP-ResNet-30M-Text-29M": _resnet_clip(56, (512, 9, 8), 1024, "gelu"),
 }
 NAMES = tuple(_NAMED)
 
 
 def named_config(name: str) -> CLIPConfig:
-  """The shape of an OpenAI or TinyCLIP ViT by its name (`NAMES`).
+  """The shape of an OpenAI ViT or a TinyCLIP by its name (`NAMES`).
 
   Raises:
     UserError: no such name; says the nearest.

@@ -1,14 +1,16 @@
-"""Between our parameter tree and Hugging Face's keys: one table, read both ways.
+"""Between our parameter tree and a file's keys: one table per layout, read both ways.
 
-A row is (our path, Hugging Face's key, transform). `{i}` in a key is the layer: our
-array stacks what they keep per layer. A transform is a pair of NumPy functions that
-only move numbers about, so that a round trip is bit-identical.
+A row is (our path, their key, transform). `{i}` in a key is the layer: our array stacks
+what they keep per layer, padded where layers differ in size (`uneven.py`). Rows that name
+the same key share its tensor, one part after the other along its first axis. A transform
+is a pair of NumPy functions that only move numbers about, so that a round trip is
+bit-identical. The table here is Hugging Face's; OpenCLIP's is in `native.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from gcl_jax.errors import UserError
 from gcl_jax.models.clip import build
 from gcl_jax.models.config import CLIPConfig
+from gcl_jax.models.uneven import layer_shape
 
 _LISTED = 8  # keys that an error names before it counts
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -39,164 +42,254 @@ def _patch_theirs(kernel: np.ndarray, config: CLIPConfig) -> np.ndarray:
   return kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
 
 
+class Row(NamedTuple):
+  """Where a parameter of ours lies in a file."""
+
+  path: str
+  key: str
+  transform: Transform
+
+
+class Layout(NamedTuple):
+  """A kind of file: its table, and what errors say about it.
+
+  Attributes:
+    table: the rows.
+    ignored: keys that may be left over.
+    described_by: what says which keys there must be.
+    mend: what to do where they are not there.
+  """
+
+  table: tuple[Row, ...]
+  ignored: re.Pattern
+  described_by: str
+  mend: str
+
+
 SAME = Transform(lambda x, _: x, lambda x, _: x)
 TRANSPOSED = Transform(lambda x, _: x.T, lambda x, _: x.T)
 PATCHES = Transform(_patch_ours, _patch_theirs)
 
 
-def _linear(ours: str, theirs: str) -> tuple[tuple[str, str, Transform], ...]:
+def linear(ours: str, theirs: str) -> tuple[Row, ...]:
+  """The rows of a layer with a bias."""
   return (
-    (f"{ours}/kernel", f"{theirs}.weight", TRANSPOSED),
-    (f"{ours}/bias", f"{theirs}.bias", SAME),
+    Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSED),
+    Row(f"{ours}/bias", f"{theirs}.bias", SAME),
   )
 
 
-def _norm(ours: str, theirs: str) -> tuple[tuple[str, str, Transform], ...]:
+def norm(ours: str, theirs: str) -> tuple[Row, ...]:
+  """The rows of a layer norm."""
   return (
-    (f"{ours}/scale", f"{theirs}.weight", SAME),
-    (f"{ours}/bias", f"{theirs}.bias", SAME),
+    Row(f"{ours}/scale", f"{theirs}.weight", SAME),
+    Row(f"{ours}/bias", f"{theirs}.bias", SAME),
   )
 
 
-def _blocks(tower: str) -> tuple[tuple[str, str, Transform], ...]:
+def _blocks(tower: str) -> tuple[Row, ...]:
   ours, theirs = f"{tower}/blocks", f"{tower}_model.encoder.layers.{{i}}"
   return (
-    *_linear(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
-    *_linear(f"{ours}/attention/key", f"{theirs}.self_attn.k_proj"),
-    *_linear(f"{ours}/attention/value", f"{theirs}.self_attn.v_proj"),
-    *_linear(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj"),
-    *_norm(f"{ours}/norm1", f"{theirs}.layer_norm1"),
-    *_norm(f"{ours}/norm2", f"{theirs}.layer_norm2"),
-    *_linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
-    *_linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
+    *linear(f"{ours}/attention/query", f"{theirs}.self_attn.q_proj"),
+    *linear(f"{ours}/attention/key", f"{theirs}.self_attn.k_proj"),
+    *linear(f"{ours}/attention/value", f"{theirs}.self_attn.v_proj"),
+    *linear(f"{ours}/attention/out", f"{theirs}.self_attn.out_proj"),
+    *norm(f"{ours}/norm1", f"{theirs}.layer_norm1"),
+    *norm(f"{ours}/norm2", f"{theirs}.layer_norm2"),
+    *linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
+    *linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2"),
   )
 
 
 _IMAGE, _TEXT = "vision_model.embeddings", "text_model.embeddings"
-TABLE: tuple[tuple[str, str, Transform], ...] = (
-  ("logit_scale", "logit_scale", SAME),
-  ("image_projection/kernel", "visual_projection.weight", TRANSPOSED),
-  ("text_projection/kernel", "text_projection.weight", TRANSPOSED),
-  ("vision/class_embedding", f"{_IMAGE}.class_embedding", SAME),
-  ("vision/patch_embedding/kernel", f"{_IMAGE}.patch_embedding.weight", PATCHES),
-  (
+TABLE: tuple[Row, ...] = (
+  Row("logit_scale", "logit_scale", SAME),
+  Row("image_projection/kernel", "visual_projection.weight", TRANSPOSED),
+  Row("text_projection/kernel", "text_projection.weight", TRANSPOSED),
+  Row("vision/class_embedding", f"{_IMAGE}.class_embedding", SAME),
+  Row("vision/patch_embedding/kernel", f"{_IMAGE}.patch_embedding.weight", PATCHES),
+  Row(
     "vision/position_embedding/embedding",
     f"{_IMAGE}.position_embedding.weight",
     SAME,
   ),
-  *_norm("vision/pre_norm", "vision_model.pre_layrnorm"),  # their spelling
-  *_norm("vision/post_norm", "vision_model.post_layernorm"),
+  *norm("vision/pre_norm", "vision_model.pre_layrnorm"),  # their spelling
+  *norm("vision/post_norm", "vision_model.post_layernorm"),
   *_blocks("vision"),
-  ("text/token_embedding/embedding", f"{_TEXT}.token_embedding.weight", SAME),
-  ("text/position_embedding/embedding", f"{_TEXT}.position_embedding.weight", SAME),
-  *_norm("text/final_norm", "text_model.final_layer_norm"),
+  Row("text/token_embedding/embedding", f"{_TEXT}.token_embedding.weight", SAME),
+  Row("text/position_embedding/embedding", f"{_TEXT}.position_embedding.weight", SAME),
+  *norm("text/final_norm", "text_model.final_layer_norm"),
   *_blocks("text"),
 )
 
 # Buffers of files written before transformers stopped saving them.
 _IGNORED = re.compile(r"(text|vision)_model\.embeddings\.position_ids")
+HUGGING_FACE = Layout(
+  TABLE,
+  _IGNORED,
+  "its config.json",
+  "Take config.json and weights from the same model.",
+)
 
 
-class Row(NamedTuple):
-  """A row of the table in a model of one shape."""
+class Piece(NamedTuple):
+  """What one row, in one layer, has of a tensor."""
 
   path: str
-  shape: tuple[int, ...]  # ours, with the layers axis where there is one
-  keys: list[str]  # theirs, one per layer where there are layers
+  layer: int | None  # of a stacked array
+  shape: tuple[int, ...]  # ours, without the layers axis and without padding
   transform: Transform
-  stacked: bool
 
-
-def _rows(config: CLIPConfig) -> Iterator[Row]:
-  shapes = build(config).abstract()
-  for path, pattern, transform in TABLE:
-    shape, stacked = _leaf(shapes, path).shape, "{i}" in pattern
-    layers = range(shape[0] if stacked else 1)
-    keys = [pattern.format(i=i) for i in layers]
-    yield Row(path, shape, keys, transform, stacked)
-
-
-def hf_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
-  """Every key of a `CLIPModel` of this shape, and its array's shape."""
-  shapes = {}
-  for row in _rows(config):
+  def theirs(self, config: CLIPConfig) -> tuple[int, ...]:
+    """Its shape in the file."""
     # An array without memory, to see what the transform makes of its shape.
-    empty = np.broadcast_to(np.float32(0), row.shape[row.stacked :])
-    theirs = row.transform.theirs(empty, config).shape
-    shapes.update(dict.fromkeys(row.keys, theirs))
-  return shapes
+    return self.transform.theirs(
+      np.broadcast_to(np.float32(0), self.shape), config
+    ).shape
+
+  def within(self, array: np.ndarray) -> np.ndarray:
+    """Its part of our array, a view."""
+    array = array if self.layer is None else array[self.layer]
+    return array[(*(slice(size) for size in self.shape), ...)]
 
 
-def from_hf(
-  tensors: Mapping[str, np.ndarray], config: CLIPConfig, where: str
+def pieces(config: CLIPConfig, table: Iterable[Row]) -> dict[str, list[Piece]]:
+  """Every key of a model of this shape, and of what its tensor is made."""
+  shapes, found = build(config).abstract(), {}
+  for path, pattern, transform in table:
+    shape = _leaf(shapes, path).shape
+    if "{i}" not in pattern:
+      found.setdefault(pattern, []).append(Piece(path, None, shape, transform))
+      continue
+    for i in range(shape[0]):
+      kept = layer_shape(config, path, i, shape[1:])
+      if kept is not None:
+        piece = Piece(path, i, kept, transform)
+        found.setdefault(pattern.format(i=i), []).append(piece)
+  return found
+
+
+def key_shapes(config: CLIPConfig, table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+  """Every key of a model of this shape, and its tensor's shape."""
+  return {
+    key: _joined([piece.theirs(config) for piece in parts])
+    for key, parts in pieces(config, table).items()
+  }
+
+
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+  if len(shapes) == 1:
+    return shapes[0]
+  return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def from_tensors(
+  tensors: Mapping[str, np.ndarray],
+  config: CLIPConfig,
+  where: str,
+  layout: Layout,
 ) -> dict[str, Any]:
-  """Hugging Face's tensors -> our parameters, NumPy float32.
+  """A file's tensors -> our parameters, NumPy float32.
 
   Args:
     tensors: by key; each is asked for once, so it may be read from a file then. Any
-      float type; `position_ids` are ignored.
+      float type.
     config: the shape that they must have.
     where: names the file or folder in errors.
+    layout: the file's.
 
   Raises:
     UserError: keys are missing or left over, or shapes differ; names them.
   """
-  wanted = hf_shapes(config)
+  wanted = pieces(config, layout.table)
   missing = [key for key in wanted if key not in tensors]
-  extra = [k for k in tensors if k not in wanted and not _IGNORED.fullmatch(k)]
+  extra = [k for k in tensors if k not in wanted and not layout.ignored.fullmatch(k)]
   wrong, params = [], {}
-  for row in _rows(config):
-    array = np.empty(row.shape, np.float32)
-    slots = array if row.stacked else array[None]
-    for index, key in enumerate(row.keys):
-      if key in missing:
-        continue
-      tensor = tensors[key]
-      # Some tools write scalars as one number in a list.
-      tensor = tensor.reshape(()) if tensor.size == 1 and not wanted[key] else tensor
-      if tensor.shape != wanted[key]:
-        wrong.append(f"{key} {tensor.shape}, not {wanted[key]}")
-      elif tensor.dtype.name not in _FLOATS:
-        wrong.append(f"{key} holds {tensor.dtype.name}, not floats")
-      else:
-        slots[index] = row.transform.ours(tensor, config)
-    _put(params, row.path, array)
+  for path, leaf in _leaves(build(config).abstract(), layout.table):
+    _put(params, path, np.zeros(leaf.shape, np.float32))
+  for key, parts in wanted.items():
+    if key in missing:
+      continue
+    tensor, shapes = tensors[key], [piece.theirs(config) for piece in parts]
+    # Some tools write scalars as one number in a list.
+    tensor = tensor.reshape(()) if tensor.size == 1 and shapes == [()] else tensor
+    if tensor.shape != _joined(shapes):
+      wrong.append(f"{key} {tensor.shape}, not {_joined(shapes)}")
+    elif tensor.dtype.name not in _FLOATS:
+      wrong.append(f"{key} holds {tensor.dtype.name}, not floats")
+    else:
+      start = 0
+      for piece, shape in zip(parts, shapes, strict=True):
+        part = tensor
+        if len(parts) > 1:
+          part, start = tensor[start : start + shape[0]], start + shape[0]
+        piece.within(_leaf(params, piece.path))[...] = piece.transform.ours(
+          part, config
+        )
   problems = [
     f"{len(keys)} {what}: {', '.join(keys[:_LISTED])}"
     + (", ..." if len(keys) > _LISTED else "")
     for what, keys in (
       ("missing", missing),
       ("left over", sorted(extra)),
-      ("other than config.json says", wrong),
+      (f"other than {layout.described_by.removeprefix('its ')} says", wrong),
     )
     if keys
   ]
   if problems:
     raise UserError(
-      f"{where} does not hold the CLIP that its config.json describes: "
-      f"{'; '.join(problems)}. Take config.json and weights from the same model."
+      f"{where} does not hold the CLIP that {layout.described_by} describes: "
+      f"{'; '.join(problems)}. {layout.mend}"
     )
   return params
 
 
-def to_hf(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, np.ndarray]:
-  """Our parameters -> Hugging Face's tensors: contiguous float32, `logit_scale` ().
+def to_tensors(
+  params: Mapping[str, Any], config: CLIPConfig, table: Iterable[Row]
+) -> dict[str, np.ndarray]:
+  """Our parameters -> a file's tensors: contiguous float32, `logit_scale` ().
 
   `fusion` is not theirs and stays out.
 
   Raises:
     ValueError: the parameters are not of this config.
   """
+  arrays = {}
+  for path, leaf in _leaves(build(config).abstract(), table):
+    arrays[path] = np.asarray(_leaf(params, path), np.float32)
+    if arrays[path].shape != leaf.shape:
+      raise ValueError(f"{path} is {arrays[path].shape}; the config says {leaf.shape}")
   tensors = {}
-  for row in _rows(config):
-    array = np.asarray(_leaf(params, row.path), np.float32)
-    if array.shape != row.shape:
-      raise ValueError(f"{row.path} is {array.shape}; the config says {row.shape}")
-    for key, layer in zip(row.keys, array if row.stacked else array[None], strict=True):
-      theirs = row.transform.theirs(layer, config)
-      # safetensors writes the memory as it lies, and ascontiguousarray makes () (1,).
-      tensors[key] = np.ascontiguousarray(theirs).reshape(theirs.shape)
+  for key, parts in pieces(config, table).items():
+    theirs = [
+      piece.transform.theirs(piece.within(arrays[piece.path]), config)
+      for piece in parts
+    ]
+    whole = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+    # safetensors writes the memory as it lies, and ascontiguousarray makes () (1,).
+    tensors[key] = np.ascontiguousarray(whole).reshape(whole.shape)
   return tensors
+
+
+def hf_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+  """`key_shapes` of a `CLIPModel`."""
+  return key_shapes(config, TABLE)
+
+
+def from_hf(
+  tensors: Mapping[str, np.ndarray], config: CLIPConfig, where: str
+) -> dict[str, Any]:
+  """`from_tensors` of a `CLIPModel`; `position_ids` are ignored."""
+  return from_tensors(tensors, config, where, HUGGING_FACE)
+
+
+def to_hf(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, np.ndarray]:
+  """`to_tensors` of a `CLIPModel`."""
+  return to_tensors(params, config, TABLE)
+
+
+def _leaves(shapes: Any, table: Iterable[Row]) -> list[tuple[str, Any]]:
+  return [(row.path, _leaf(shapes, row.path)) for row in table]
 
 
 def _leaf(tree: Any, path: str) -> Any:

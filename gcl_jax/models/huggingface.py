@@ -1,7 +1,8 @@
 """CLIP folders in Hugging Face's layout: found or downloaded, read, and written.
 
-Files may come from strangers: weights are read as safetensors; a `pytorch_model.bin`
-only through `torch.load(weights_only=True)`, where PyTorch is installed.
+A model that `CLIPModel` cannot hold (pruned, or with a ResNet) has a folder of the same
+form with a `config.json` that says so, weights under OpenCLIP's keys, and beside them a
+PyTorch file that loads it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,26 @@ import numpy as np
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models.config import CLIPConfig
-from gcl_jax.models.convert import from_hf, to_hf
+from gcl_jax.models.config import OWN_TYPE, CLIPConfig
+from gcl_jax.models.convert import (
+  HUGGING_FACE,
+  from_hf,
+  from_tensors,
+  to_hf,
+  to_tensors,
+)
+from gcl_jax.models.native import native_layout, native_table
+from gcl_jax.models.open_clip import DESCRIPTION
+from gcl_jax.models.weights import open_weights
 
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "gcl_jax.json"
+PYTORCH_FILE = "pytorch_clip.py"
 _BIN = "pytorch_model.bin"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What is fetched from the hub: never the same weights in three frameworks' formats.
 _SMALL_FILES = (
   CONFIG,
+  DESCRIPTION,
   SETTINGS,
   "preprocessor_config.json",
   "processor_config.json",
@@ -39,10 +51,15 @@ _SMALL_FILES = (
 )
 _SAFETENSORS_FILES = (WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json")
 _BIN_FILES = (_BIN, "pytorch_model-*.bin", f"{_BIN}.index.json")
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-def local_folder(source: str | os.PathLike) -> Path:
+def local_folder(source: str | os.PathLike, weights: bool = True) -> Path:
   """A folder as it is, or a Hugging Face hub id downloaded (or found in the cache).
+
+  Args:
+    source: the folder or id.
+    weights: whether they are wanted, of a hub id, beside the small files.
 
   Raises:
     UserError: neither a folder nor an id, or the hub has no such model, or cannot be
@@ -56,11 +73,43 @@ def local_folder(source: str | os.PathLike) -> Path:
     raise UserError(f"{name} is a file: name the folder of a model that holds it.")
   if path.is_absolute() or not _HUB_ID.fullmatch(name) or name.startswith("."):
     raise UserError(f"there is no folder {name}: name a CLIP folder or a hub id.")
+  if not weights:
+    return _snapshot(name, [*_SMALL_FILES])
   patterns = [*_SMALL_FILES, *_SAFETENSORS_FILES]
   folder = _snapshot(name, patterns)
-  if not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
+  if is_open_clip(folder):
+    for file in _OPEN_CLIP_FILES:
+      folder = _snapshot(name, [*_SMALL_FILES, file])
+      if (folder / file).exists():
+        break
+  elif not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
     folder = _snapshot(name, [*patterns, *_BIN_FILES])
   return folder
+
+
+def is_open_clip(folder: Path) -> bool:
+  """Whether a folder is OpenCLIP's, and not also that of a `CLIPModel`."""
+  if not (folder / DESCRIPTION).is_file():
+    return False
+  config = folder / CONFIG
+  return not (config.is_file() and _is_clip(_read_json(config)))
+
+
+def open_clip_weights(folder: Path) -> Path | None:
+  """The weights in a folder of OpenCLIP's; None if it is another kind of folder.
+
+  Raises:
+    UserError: it is OpenCLIP's, and has none.
+  """
+  if not is_open_clip(folder):
+    return None
+  for name in _OPEN_CLIP_FILES:
+    if (folder / name).is_file():
+      return folder / name
+  raise UserError(
+    f"{folder} has {DESCRIPTION} and no weights beside it: it needs "
+    f"{' or '.join(_OPEN_CLIP_FILES)}, or name the file itself."
+  )
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
@@ -110,8 +159,12 @@ def read_pretrained(
   folder = Path(folder)
   config = _read_config(folder)
   fusion = _read_fusion(folder / SETTINGS)
-  with _open_weights(folder) as tensors:
-    params = from_hf(tensors, config, str(folder))
+  with open_weights(_weight_files(folder)) as tensors:
+    if config.plain:
+      params = from_hf(tensors, config, str(folder))
+    else:
+      layout = native_layout(config, HUGGING_FACE.described_by, HUGGING_FACE.mend)
+      params = from_tensors(tensors, config, str(folder), layout)
   if fusion.learned:
     params["fusion"] = {
       name: np.float32(getattr(fusion, name))
@@ -129,7 +182,8 @@ def write_pretrained(
   """Writes config.json, model.safetensors and gcl_jax.json; makes the folder.
 
   Each file appears whole or not at all, config.json last. `CLIPModel.from_pretrained`
-  loads the folder and `read_pretrained` gives the same bits back.
+  loads the folder and `read_pretrained` gives the same bits back. Where `CLIPModel` has
+  no such shape, `pytorch_clip.py`, which is written beside them, loads it instead.
 
   Args:
     folder: where.
@@ -149,13 +203,21 @@ def write_pretrained(
   if fusion.learned:
     weights = {name: float(value) for name, value in params["fusion"].items()}
     fusion = FusionSettings(of=fusion.of, learned=True, **weights)
-  tensors = to_hf(params, config)
+  if config.plain:
+    tensors = to_hf(params, config)
+  else:
+    tensors = to_tensors(params, config, native_table(config))
   try:
     folder.mkdir(parents=True, exist_ok=True)
     # transformers refuses a file that does not say which framework wrote it.
     _write(
       folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
+    if not config.plain:
+      source = Path(__file__).with_name(PYTORCH_FILE).read_text(encoding="utf-8")
+      _write(
+        folder / PYTORCH_FILE, lambda path: path.write_text(source, encoding="utf-8")
+      )
     _write_json(folder / SETTINGS, {"fusion": fusion.to_dict()})
     _write_json(folder / CONFIG, config.to_hf())
   except OSError as error:
@@ -197,12 +259,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> CLIPConfig:
   if not (folder / CONFIG).is_file():
     raise UserError(
-      f"{folder} has no {CONFIG}: name a folder as CLIPModel.save_pretrained writes it."
+      f"{folder} has no {CONFIG}: name a folder as CLIPModel.save_pretrained writes it, or "
+      "the file of another kind of model itself."
     )
   fields = _read_json(folder / CONFIG)
   kind = fields.get("model_type")
-  towers = {f"{t}_config{d}" for t in ("text", "vision") for d in ("", "_dict")}
-  if kind != "clip" and not (kind is None and towers & set(fields)):
+  if not _is_clip(fields):
     names = fields.get("architectures") or []
     named = f" ({', '.join(map(str, names))})" if isinstance(names, list) else ""
     raise UserError(
@@ -213,6 +275,12 @@ def _read_config(folder: Path) -> CLIPConfig:
     return CLIPConfig.from_hf(fields)
   except UserError as error:
     raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def _is_clip(fields: Mapping[str, Any]) -> bool:
+  kind = fields.get("model_type")
+  towers = {f"{t}_config{d}" for t in ("text", "vision") for d in ("", "_dict")}
+  return kind in ("clip", OWN_TYPE) or (kind is None and bool(towers & set(fields)))
 
 
 def _read_fusion(path: Path) -> FusionSettings:
@@ -227,39 +295,14 @@ def _read_fusion(path: Path) -> FusionSettings:
     raise UserError(f"{path}: {error}") from error
 
 
-class _Tensors(Mapping):
-  """Arrays by key, read from their files when they are asked for."""
-
-  def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]]):
-    self._readers = readers
-
-  def __getitem__(self, key: str) -> np.ndarray:
-    return self._readers[key]()
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._readers)
-
-  def __len__(self) -> int:
-    return len(self._readers)
-
-
-@contextlib.contextmanager
-def _open_weights(folder: Path) -> Iterator[Mapping[str, np.ndarray]]:
-  """The tensors of whichever weight files the folder has, safetensors first."""
-  for name, open_file in ((WEIGHTS, _open_safetensors), (_BIN, _open_bin)):
+def _weight_files(folder: Path) -> list[Path]:
+  """Whichever weight files the folder has, safetensors first."""
+  for name in (WEIGHTS, _BIN):
     index = folder / f"{name}.index.json"
     if (folder / name).is_file():
-      files = [folder / name]
-    elif index.is_file():
-      files = _shards(index)
-    else:
-      continue
-    with contextlib.ExitStack() as stack:
-      readers = {}
-      for file in files:
-        readers |= open_file(file, stack)
-      yield _Tensors(readers)
-    return
+      return [folder / name]
+    if index.is_file():
+      return _shards(index)
   raise UserError(
     f"{folder} has no weights: it needs {WEIGHTS}, its shards with {WEIGHTS}.index.json, "
     f"or {_BIN}."
@@ -279,47 +322,3 @@ def _shards(index: Path) -> list[Path]:
       "Download them too."
     )
   return files
-
-
-def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> dict[str, Callable]:
-  from safetensors import SafetensorError, safe_open
-
-  try:
-    opened = stack.enter_context(safe_open(file, framework="numpy"))
-    keys = list(opened.keys())
-  except (SafetensorError, OSError) as error:
-    raise UserError(
-      f"{file} is not a whole safetensors file ({error}): download it again."
-    ) from error
-  return {key: lambda key=key: opened.get_tensor(key) for key in keys}
-
-
-def _open_bin(file: Path, stack: contextlib.ExitStack) -> dict[str, Callable]:
-  del stack
-  try:
-    import torch
-  except ImportError as error:
-    raise UserError(
-      f"{file} is a pickle that only PyTorch reads safely: pip install torch, or convert "
-      f"it to {WEIGHTS} on a machine that has it."
-    ) from error
-  if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-    # Until 2.6 weights_only could be made to run code (CVE-2025-32434).
-    raise UserError(f"{file} needs PyTorch 2.6 or newer; {torch.__version__} is here.")
-  try:
-    tensors = torch.load(file, map_location="cpu", weights_only=True)
-  except Exception as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UserError(
-      f"{file} is refused: it is no plain file of weights ({reason}). Take the model's "
-      f"{WEIGHTS}."
-    ) from error
-  if not isinstance(tensors, dict):
-    raise UserError(f"{file} holds a {type(tensors).__name__}, not weights by name.")
-  tensors = {k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
-
-  def read(tensor) -> np.ndarray:
-    # NumPy has no bfloat16 of PyTorch's.
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-  return {key: lambda t=t: read(t) for key, t in tensors.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from gcl_jax.errors import UserError
 from gcl_jax.models.clip import build
-from gcl_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from gcl_jax.models.config import CLIPConfig, ResNetConfig, TextConfig, VisionConfig
 from gcl_jax.sharding import map_with_path
 
 _ALIKE = {
@@ -36,6 +36,12 @@ def inherited(params: Any, larger: CLIPConfig, smaller: CLIPConfig) -> dict[str,
     UserError: the smaller is no part of the larger: it says of which field.
   """
   for tower, fields in _ALIKE.items():
+    for shape in (getattr(larger, tower), getattr(smaller, tower)):
+      if isinstance(shape, ResNetConfig) or not shape.plain:
+        raise UserError(
+          f"no weights to inherit: the {tower} tower of one of the two is a ResNet or was "
+          "pruned, and only whole transformers are cut."
+        )
     _check_tower(tower, getattr(larger, tower), getattr(smaller, tower), fields)
   _check("projection_dim", larger.projection_dim, smaller.projection_dim)
 
@@ -68,7 +74,7 @@ def _check_tower(
       )
   for field in _AT_MOST:
     _check(f"{tower}.{field}", getattr(larger, field), getattr(smaller, field))
-  theirs, ours = larger.width // larger.heads, smaller.width // smaller.heads
+  theirs, ours = larger.head, smaller.head
   if theirs != ours:
     raise UserError(
       f"no weights to inherit: a head of the {tower} tower has {ours} channels here and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import jax
@@ -15,14 +16,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models.config import CLIPConfig
+from gcl_jax.models.config import CLIPConfig, ResNetConfig
 from gcl_jax.sharding import first_match, map_with_path
+
+# Of a convolution before a ReLU, by the numbers that go into a sum (arXiv 1502.01852).
+_CONVOLUTION = r"vision/(.*/)?(shortcut_)?conv\d?/kernel"
 
 
 def _deviations(config: CLIPConfig) -> list[tuple[str, float]]:
   """(path pattern, standard deviation)."""
-  rules = []
-  for name, tower in (("vision", config.vision), ("text", config.text)):
+  rules, towers = [], [("vision", config.vision), ("text", config.text)]
+  if isinstance(config.vision, ResNetConfig):
+    towers.pop(0)
+    rules = [
+      (
+        "vision/(position_embedding|pool)/.*(kernel|embedding)",
+        config.vision.features**-0.5,
+      )
+    ]
+  for name, tower in towers:
     blocks, outer = f"{name}/blocks", tower.width**-0.5
     inner = outer * (2 * tower.layers) ** -0.5
     rules += [
@@ -36,7 +48,7 @@ def _deviations(config: CLIPConfig) -> list[tuple[str, float]]:
     ]
   return [
     *rules,
-    ("image_projection/kernel", config.vision.width**-0.5),
+    ("image_projection/kernel", config.vision.features**-0.5),
     ("text_projection/kernel", config.text.width**-0.5),
   ]
 
@@ -44,7 +56,10 @@ def _deviations(config: CLIPConfig) -> list[tuple[str, float]]:
 def _constants(config: CLIPConfig, fusion: FusionSettings) -> list[tuple[str, float]]:
   """(path pattern, value)."""
   return [
-    (".*/bias", 0.0),
+    (".*/(bias|mean)", 0.0),
+    # A ResNet's blocks begin as the identity, for their statistics are not of any data.
+    (r"vision/stage\d_block\d+/norm3/scale", 0.0),
+    (".*/var", 1.0),
     (".*/scale", 1.0),
     ("logit_scale", config.logit_scale_init),
     ("fusion/image_weight", fusion.image_weight),
@@ -63,8 +78,13 @@ def initial_params(
   deviations, constants = _deviations(config), _constants(config, fusion)
   drawn = {}  # how many numbers each random array needs
 
+  def deviation(path: str, leaf: jax.ShapeDtypeStruct) -> float | None:
+    if re.fullmatch(_CONVOLUTION, path):
+      return math.sqrt(2 / math.prod(leaf.shape[:-1]))
+    return first_match(deviations, path, None)
+
   def count(path: str, leaf: jax.ShapeDtypeStruct) -> None:
-    if first_match(deviations, path, None) is not None:
+    if deviation(path, leaf) is not None:
       drawn[path] = math.prod(leaf.shape)
 
   map_with_path(count, shapes)
@@ -74,7 +94,7 @@ def initial_params(
   def cut(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
     if path in drawn:
       part = numbers[ends[path] - drawn[path] : ends[path]]
-      return first_match(deviations, path, None) * part.reshape(leaf.shape)
+      return deviation(path, leaf) * part.reshape(leaf.shape)
     value = first_match(constants, path, None)
     if value is None:
       raise ValueError(f"no rule gives the parameter {path} a first value")

@@ -55,6 +55,11 @@ def lora_shapes(
         raise UserError(
           f"config.lora: there is no matrix {name!r}: name some of {', '.join(MATRICES)}."
         )
+      if "blocks" not in params[tower]:
+        raise UserError(
+          f"config.lora names {name} of the image tower, which is a ResNet and has no such "
+          "matrices: set --config.lora.image='()'."
+        )
       for path in MATRICES[name]:
         layers, inputs, outputs = _at(params[tower]["blocks"], path)["kernel"].shape
         if rank > min(inputs, outputs):

@@ -33,13 +33,16 @@ class Processor:
     Raises:
       UserError: names the file that is missing or not understood.
     """
+    return cls(cls.images_from_folder(folder), Tokenizer.from_folder(folder))
+
+  @staticmethod
+  def images_from_folder(folder: str | os.PathLike) -> ImageProcessor:
+    """The image processor of `from_folder`, by itself. UserError as there."""
     folder = Path(folder)
     if not folder.is_dir():
       raise UserError(f"no folder {folder}. Give the folder of a Hugging Face CLIP.")
     settings, where = _image_settings(folder)
-    return cls(
-      ImageProcessor.from_dict(settings, str(where)), Tokenizer.from_folder(folder)
-    )
+    return ImageProcessor.from_dict(settings, str(where))
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes what `CLIPProcessor.from_pretrained` and `AutoProcessor` load.

@@ -7,9 +7,13 @@ the `tokenizers` library, which saves two and a half seconds of import.
 
 from __future__ import annotations
 
+import copy
+import gzip
+import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from gcl_jax.errors import UserError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
+_CLIP_ENTRIES = 49408
 
 _PATTERN = (
   r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
@@ -99,6 +104,13 @@ class Tokenizer:
     """The ids of one text, start and end included, at most `max_length`, unpadded."""
     return self._backend.encode(_whole(text)).ids
 
+  def cut_to(self, max_length: int) -> Tokenizer:
+    """The same, for texts of at most so many tokens."""
+    shorter = copy.deepcopy(self)
+    shorter.max_length = max_length
+    shorter._backend.enable_truncation(max_length)
+    return shorter
+
   @classmethod
   def from_folder(cls, folder: str | os.PathLike) -> Tokenizer:
     """Reads what a Hugging Face CLIP folder holds.
@@ -132,6 +144,31 @@ class Tokenizer:
       raise UserError(
         f"the tokenizer files in {folder} are not understood: {error}. {_MEND}"
       ) from error
+
+  @classmethod
+  def from_merges(cls, file: str | os.PathLike) -> Tokenizer:
+    """Reads `bpe_simple_vocab_16e6.txt.gz`, as the packages for CLIP carry it.
+
+    Raises:
+      UserError: it is not that file.
+    """
+    symbols = _byte_symbols()
+    symbols += [symbol + "</w>" for symbol in symbols]
+    count = _CLIP_ENTRIES - len(symbols) - 2
+    try:
+      with gzip.open(file, "rt", encoding="utf-8") as lines:
+        merges = [tuple(line.split()) for line in itertools.islice(lines, 1, 1 + count)]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+      raise UserError(f"{file} cannot be read as CLIP's merges: {error}.") from error
+    if len(merges) != count or any(len(pair) != 2 for pair in merges):
+      raise UserError(
+        f"{file} is not CLIP's list of merges: name its bpe_simple_vocab_16e6.txt.gz."
+      )
+    names = [*symbols, *map("".join, merges), BOS, EOS]
+    backend = _pipeline(_bpe({name: i for i, name in enumerate(names)}, merges))
+    backend.add_tokens([AddedToken(t, special=True) for t in (BOS, EOS)])
+    _add_bos_eos(backend, BOS, EOS)
+    return cls(backend)
 
   @classmethod
   def train(

@@ -7,8 +7,7 @@ import os
 from jax.sharding import Mesh
 
 from gcl_jax.errors import UserError
-from gcl_jax.models import build, local_folder, read_pretrained
-from gcl_jax.processing import Processor
+from gcl_jax.models import build, read_model
 from gcl_jax.retrieval.embedder import Embedder
 
 
@@ -16,6 +15,7 @@ def load(
   source: str | os.PathLike,
   *,
   step: int | None = None,
+  tokenizer: str = "",
   dtype: str = "float32",
   mesh: Mesh | None = None,
   batch_size: int = 64,
@@ -23,10 +23,13 @@ def load(
   """A model ready to embed.
 
   Args:
-    source: a run's folder (`--workdir` of a training), a Hugging Face CLIP folder, or
-      the id of one on the hub.
+    source: a run's folder (`--workdir` of a training), a CLIP folder of Hugging Face's
+      or OpenCLIP's, the id of one on the hub, or a file of weights: OpenAI's `.pt`,
+      OpenCLIP's with `open_clip_config.json` beside it, TinyCLIP's `.pt`.
     step: of a run, which checkpoint; None is the newest.
-    dtype: in which a Hugging Face model computes; a run keeps its own.
+    tokenizer: of a model that has none of its own: a folder, a hub id or a file with
+      CLIP's vocabulary; "" looks beside the weights.
+    dtype: in which the model computes; a run keeps its own.
     mesh: by default one of all local devices.
     batch_size: the most documents at once, over all devices.
 
@@ -41,9 +44,7 @@ def load(
   elif step is not None:
     raise UserError(f"{source} is not a run's folder: it has no step {step}.")
   else:
-    folder = local_folder(source)
-    processor = Processor.from_folder(folder)  # before the weights: quick to fail
-    config, fusion, params = read_pretrained(folder)
+    config, fusion, params, processor = read_model(source, tokenizer)
     model = build(config, fusion=fusion, dtype=dtype)
   return Embedder(
     model, params, processor, mesh=mesh, batch_size=batch_size, config=config

@@ -53,9 +53,10 @@ def default_config() -> ConfigDict:
   # less accuracy. Evaluation sees them all. 0: none.
   config.model.patch_dropout = 0.0
 
-  config.tokenizer = ConfigDict()  # used from scratch only
-  config.tokenizer.path = ""  # a folder or hub id with CLIP tokenizer files; or the
-  # tokenizer of init.inherit or distill.teacher is taken, or
+  config.tokenizer = ConfigDict()  # from scratch, or for weights that come without one
+  # A folder, hub id or file with CLIP's vocabulary. "": the one of init.inherit or
+  # distill.teacher, or else
+  config.tokenizer.path = ""
   config.tokenizer.vocab_size = 8192  # a byte-pair vocabulary of our own captions
 
   config.fusion = ConfigDict()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gcl_jax.errors import UserError
 from gcl_jax.sharding import map_with_path
 
 _TOWERS = ("vision", "text")
@@ -28,6 +29,9 @@ def depth_factors(decay: float, params: Any) -> Any:
     decay: above 0, at most 1.
     params: arrays or shapes, a nested dict.
 
+  Raises:
+    UserError: a tower has no stacked blocks, as a ResNet.
+
   Returns:
     Floats; for the blocks float32 arrays (L, 1, ...) that broadcast to the parameter.
   """
@@ -37,6 +41,13 @@ def depth_factors(decay: float, params: Any) -> Any:
     tower, _, rest = path.partition("/")
     if tower in _TOWERS and rest.startswith("blocks/"):
       layers[tower] = leaf.shape[0]
+
+  map_with_path(count, params)
+  if flat := [tower for tower in _TOWERS if tower in params and tower not in layers]:
+    raise UserError(
+      f"config.optimizer.layer_decay is {decay}, but the {flat[0]} tower is a ResNet, which "
+      "has no layers of one kind: set it to 1."
+    )
 
   def factor(path: str, leaf: Any) -> float | np.ndarray:
     tower, _, rest = path.removeprefix("lora/").partition("/")
@@ -48,5 +59,4 @@ def depth_factors(decay: float, params: Any) -> Any:
       return (decay**above).astype(np.float32)
     return decay ** (depth + 1) if re.fullmatch(_INPUT, rest) else 1.0
 
-  map_with_path(count, params)
   return map_with_path(factor, params)

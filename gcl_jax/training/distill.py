@@ -43,7 +43,7 @@ def read_teacher(
   if not name:
     return None
   if workdir is None:
-    found = read_weights(name)
+    found = read_weights(name, config.tokenizer.path)
   else:
     with local_copy(workdir / _FOLDER) as here:
       found = read_weights(str(here))
@@ -59,7 +59,7 @@ def teacher_model(config: ConfigDict) -> Model | None:
     UserError: it cannot be read.
   """
   name = config.distill.teacher
-  return _built(config, read_weights(name)) if name else None
+  return _built(config, read_weights(name, config.tokenizer.path)) if name else None
 
 
 def keep_teacher(teacher: Teacher, workdir: AnyPath) -> None:

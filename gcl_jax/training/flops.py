@@ -85,6 +85,11 @@ def _count(jaxpr: Jaxpr) -> int:
       left = equation.invars[0].aval.shape
       depth = math.prod(left[axis] for axis in contracted)
       total += math.prod(equation.outvars[0].aval.shape) * depth
+    elif name == "conv_general_dilated":
+      # Every output is a sum over a kernel's window and its input channels.
+      kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+      depth = math.prod(kernel) // kernel[spec[0]]
+      total += math.prod(equation.outvars[0].aval.shape) * depth
     elif name == "cond":
       total += max(_count(branch.jaxpr) for branch in params["branches"])
     else:

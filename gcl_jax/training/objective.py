@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gcl_jax.errors import UserError
 from gcl_jax.fusion import fuse
 from gcl_jax.losses import (
   affinity_loss,
@@ -18,7 +19,7 @@ from gcl_jax.losses import (
   gcl_loss,
   intra_modal_separation_loss,
 )
-from gcl_jax.models import Model
+from gcl_jax.models import Model, ResNetConfig
 from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import BATCH_AXES, gathered, map_with_path, used_on
@@ -54,7 +55,15 @@ def make_objective(
     (N,) int32, each row's place in the global batch. `constants` holds `initial_params`
     where the initial text tower gives those features, `teacher_params` where there is a
     teacher, and `step` () int32.
+
+  Raises:
+    UserError: patches shall be dropped, and the image tower has none.
   """
+  if config.model.patch_dropout and isinstance(model.config.vision, ResNetConfig):
+    raise UserError(
+      f"config.model.patch_dropout is {config.model.patch_dropout}, but the image tower is "
+      "a ResNet, which has no patches: set it to 0."
+    )
   loss_config, weights = config.loss, direction_weights(config)
   separation = loss_config.intra_modal_separation
   placement = {"mesh": mesh, "batch_axes": BATCH_AXES, "form": loss_config.form}

@@ -17,7 +17,7 @@ from gcl_jax.checkpoints import RunDescription
 from gcl_jax.data import Source
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import CLIPConfig, Model, build, local_folder, named_config
+from gcl_jax.models import CLIPConfig, Model, build, find_tokenizer, named_config
 from gcl_jax.models.inherit import inherited
 from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
 from gcl_jax.training.weights import read_processor, read_weights
@@ -39,7 +39,7 @@ def make_start(
   """The model, its processor and its first parameters, as the config says.
 
   Args:
-    config: the run's. `init.pretrained` names a Hugging Face folder, a hub id or
+    config: the run's. `init.pretrained` names what `models.read_model` reads, or
       another run's folder; "" starts from random weights in the shape of
       `model.name` and `model.hf`.
     source: the training records; a vocabulary of our own is learned from its captions.
@@ -86,7 +86,7 @@ def model_from_config(config: ConfigDict) -> Model:
     return _pretrained(config, _fusion(config)).model
   fields = _fields(config)
   if config.tokenizer.path:
-    words = _words(Tokenizer.from_folder(local_folder(config.tokenizer.path)))
+    words = _words(find_tokenizer(config.tokenizer.path))
   elif _elder(config):
     words = _words(read_processor(_elder(config)).tokenizer)
   else:
@@ -129,7 +129,7 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
       f"config.init.inherit={config.init.inherit!r} cuts the first weights of a model "
       f"from scratch, but config.init.pretrained={name!r} has them: set one of the two."
     )
-  shape, its_fusion, params, processor = read_weights(name)
+  shape, its_fusion, params, processor = read_weights(name, config.tokenizer.path)
   if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
     print(
       f"note: {name} fuses by {its_fusion}, this run by {fusion} (config.fusion)",
@@ -152,7 +152,7 @@ def _elder(config: ConfigDict) -> str:
 
 
 def _heir(config: ConfigDict, model: Model) -> Callable[[], Any]:
-  larger = read_weights(config.init.inherit)
+  larger = read_weights(config.init.inherit, config.tokenizer.path)
   params = inherited(larger.params, larger.config, model.config)
   if "fusion" in model.abstract():
     params["fusion"] = {
@@ -183,7 +183,7 @@ def _from_scratch(
   fields = _fields(config)
   elder = _elder(config)
   if config.tokenizer.path:
-    tokenizer = Tokenizer.from_folder(local_folder(config.tokenizer.path))
+    tokenizer = find_tokenizer(config.tokenizer.path)
   elif elder:
     tokenizer = read_processor(elder).tokenizer
   else:
@@ -195,7 +195,8 @@ def _from_scratch(
   shape = CLIPConfig.from_hf(_merged(fields, {"text_config": _words(tokenizer)}))
   processor = default_clip_processor(shape.vision.image_size, tokenizer)
   if elder:
-    processor = dataclasses.replace(read_processor(elder), tokenizer=tokenizer)
+    images = read_processor(elder, config.tokenizer.path).image
+    processor = dataclasses.replace(processor, image=images)
   return _build(config, shape, fusion), processor
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gcl_jax.checkpoints import is_run, read_description, read_run
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import CLIPConfig, local_folder, read_pretrained
+from gcl_jax.models import CLIPConfig, read_model
 from gcl_jax.processing import Processor
 
 
@@ -19,11 +19,12 @@ class Weights(NamedTuple):
   processor: Processor
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, tokenizer: str = "") -> Weights:
   """Reads a model.
 
   Args:
-    name: a run's folder (its newest checkpoint), a Hugging Face folder, or a hub id.
+    name: a run's folder (its newest checkpoint), or what `models.read_model` reads.
+    tokenizer: CLIP's vocabulary, for weights that come without one.
 
   Raises:
     UserError: nothing of the kind is there, or it does not fit together.
@@ -31,13 +32,11 @@ def read_weights(name: str) -> Weights:
   if is_run(name):
     model, params, processor, _ = read_run(name)
     return Weights(model.config, model.fusion, params, processor)
-  folder = local_folder(name)
-  processor = Processor.from_folder(folder)  # before the weights: quick to fail
-  return Weights(*read_pretrained(folder), processor)
+  return Weights(*read_model(name, tokenizer))
 
 
-def read_processor(name: str) -> Processor:
+def read_processor(name: str, tokenizer: str = "") -> Processor:
   """The processor alone; arguments and errors as `read_weights`."""
   if is_run(name):
     return read_description(name).processor
-  return Processor.from_folder(local_folder(name))
+  return read_model(name, tokenizer).processor

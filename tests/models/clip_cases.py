@@ -9,9 +9,11 @@ import numpy as np
 import torch
 import transformers
 
-from gcl_jax.models import CLIPConfig
+from gcl_jax.models import NAMES, CLIPConfig, named_config
 from gcl_jax.models.convert import from_hf
 
+# Named shapes that `CLIPModel` has.
+PLAIN = [name for name in NAMES if named_config(name).plain]
 BOS, EOS = 298, 299
 SMALL = {
   "projection_dim": 32,

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings, score_fusion
-from gcl_jax.models import NAMES, CLIPConfig, build, named_config
+from gcl_jax.models import CLIPConfig, build, named_config
 from gcl_jax.models.convert import from_hf
 from gcl_jax.sharding import batch_sharding, make_mesh, path_of
 
@@ -80,7 +80,7 @@ def _embed(config, params, pixels, tokens, **settings):
   return embed(params, pixels, tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.PLAIN)
 def test_named_shapes_equal_pytorch(name):
   fields = cases.changed(named_config(name).to_hf(), num_hidden_layers=2)
   # A small vocabulary: nothing else depends on it, and the table is most of the model.
@@ -97,7 +97,7 @@ def test_named_shapes_equal_pytorch(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.PLAIN)
 def test_named_shapes_at_full_depth_equal_pytorch(name):
   fields = named_config(name).to_hf()
   fields["text_config"].update(

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from gcl_jax.errors import UserError
-from gcl_jax.models import NAMES, CLIPConfig, build, named_config
+from gcl_jax.models import CLIPConfig, build, named_config
 from gcl_jax.models.convert import TABLE, from_hf, hf_shapes, to_hf
 from gcl_jax.sharding import map_with_path
 
@@ -39,13 +39,13 @@ def _round_trip(config: CLIPConfig) -> None:
     assert np.array_equal(array.view(np.uint32), theirs[key].view(np.uint32)), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.PLAIN)
 def test_keys_and_shapes_are_clip_models(name):
   config = named_config(name)
   assert hf_shapes(config) == _meta_shapes(config)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.PLAIN)
 def test_round_trip_at_full_width_is_bit_identical(name):
   fields = cases.changed(named_config(name).to_hf(), num_hidden_layers=2)
   fields["text_config"]["vocab_size"] = 3000  # the table is most of the model
@@ -53,7 +53,7 @@ def test_round_trip_at_full_width_is_bit_identical(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.PLAIN)
 def test_round_trip_at_full_depth_is_bit_identical(name):
   _round_trip(named_config(name))
 

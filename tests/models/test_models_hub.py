@@ -10,6 +10,7 @@ import torch
 
 from gcl_jax.errors import UserError
 from gcl_jax.models import local_folder, read_pretrained
+from gcl_jax.models.huggingface import open_clip_weights
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,45 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
   (tmp_path / "model.safetensors").touch()
   assert local_folder("owner/name") == tmp_path
   assert len(asked) == 1
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_of_open_clips_repositories_one_file_of_weights_is_downloaded(
+  monkeypatch, tmp_path, there
+):
+  import huggingface_hub
+
+  weights = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+  asked = []
+
+  def snapshot_download(name, allow_patterns):
+    asked.append(allow_patterns)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"architecture": "vit"}')  # timm's
+    if weights[there] in allow_patterns:
+      (tmp_path / weights[there]).touch()
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  assert local_folder("owner/name") == tmp_path
+  assert [[w for w in weights if w in patterns] for patterns in asked] == [
+    [],
+    *[[w] for w in weights[: there + 1]],
+  ]
+  assert open_clip_weights(tmp_path) == tmp_path / weights[there]
+  (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+  assert open_clip_weights(tmp_path) is None  # both kinds of folder: Hugging Face's
+
+
+def test_a_tokenizer_costs_no_weights(monkeypatch, tmp_path):
+  import huggingface_hub
+
+  asked = []
+
+  def snapshot_download(name, allow_patterns):
+    asked.extend(allow_patterns)
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  assert local_folder("owner/name", weights=False) == tmp_path
+  assert "vocab.json" in asked and not [name for name in asked if "model." in name]

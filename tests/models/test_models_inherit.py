@@ -1,6 +1,7 @@
 """A small CLIP cut out of a larger one, against the rule on Hugging Face's own arrays."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -105,3 +106,14 @@ def test_every_array_is_the_published_part_of_the_larger_one():
 def test_a_shape_that_is_no_part_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
     inherited({}, shape(), shape(**changes))
+
+
+def test_a_pruned_tower_is_not_cut():
+  larger = shape()
+  pruned = dataclasses.replace(
+    larger, vision=dataclasses.replace(larger.vision, head_width=larger.vision.head * 2)
+  )
+  with pytest.raises(
+    UserError, match="vision tower of one of the two is a ResNet or was"
+  ):
+    inherited({}, pruned, larger)
