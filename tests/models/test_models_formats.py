@@ -233,9 +233,8 @@ def test_statistics_of_batch_norms_get_no_gradient(rn):
   inputs = cases.pictures(64, 1), cases.sentences(1)
   found = _gradient(read.config, read.params, *inputs)
   again = _gradient(read.config, read.params, *inputs, "full,none")
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, again
-  )
+  for a, b in zip(*map(jax.tree.leaves, (found, again)), strict=True):
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
   norm = found["vision"]["stage2_block0"]["norm2"]
   assert not norm["mean"].any() and not norm["var"].any() and norm["scale"].any()
 
@@ -520,7 +519,7 @@ def test_tensors_that_are_no_whole_model(lost, head, match):
 
 def test_a_width_of_no_whole_heads():
   shapes = {k: tuple(v.shape) for k, v in cases.vit().items()}
-  with pytest.raises(
-    UserError, match=r"128 channels of visual\.transformer are no heads"
-  ):
+  for i in (0, 1):
+    shapes[f"visual.transformer.resblocks.{i}.attn.in_proj_weight"] = (288, 128)
+  with pytest.raises(UserError, match=r"128 channels of visual\.transformer are no"):
     native_config(shapes, "the file", act="gelu", vision_head=48)
