@@ -233,8 +233,10 @@ def test_statistics_of_batch_norms_get_no_gradient(rn):
   inputs = cases.pictures(64, 1), cases.sentences(1)
   found = _gradient(read.config, read.params, *inputs)
   again = _gradient(read.config, read.params, *inputs, "full,none")
+  # A key's bias moves no softmax: its gradient is what rounding leaves of zero.
+  whole = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(found)))
   for a, b in zip(*map(jax.tree.leaves, (found, again)), strict=True):
-    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a) + 1e-6 * whole
   norm = found["vision"]["stage2_block0"]["norm2"]
   assert not norm["mean"].any() and not norm["var"].any() and norm["scale"].any()
 
