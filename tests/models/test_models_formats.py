@@ -233,8 +233,12 @@ def test_statistics_of_batch_norms_get_no_gradient(rn):
   inputs = cases.pictures(64, 1), cases.sentences(1)
   found = _gradient(read.config, read.params, *inputs)
   again = _gradient(read.config, read.params, *inputs, "full,none")
-  for a, b in zip(*map(jax.tree.leaves, (found, again)), strict=True):
-    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+  # Together: a bias of keys has a gradient of rounding alone.
+  first, second = (
+    np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    for tree in (found, again)
+  )
+  assert np.linalg.norm(first - second) < 1e-5 * np.linalg.norm(first)
   norm = found["vision"]["stage2_block0"]["norm2"]
   assert not norm["mean"].any() and not norm["var"].any() and norm["scale"].any()
 
