@@ -191,8 +191,9 @@ def check_output(output: AnyPath | None) -> None:
     raise UserError(f"--output={output} is a folder: name a .json file.")
   if output.exists():
     try:
-      ours = "checkpoint" in json.loads(output.read_text())
-    except (OSError, ValueError):
+      found = json.loads(output.read_text())
+      ours = isinstance(found, dict) and "checkpoint" in found
+    except (OSError, ValueError, RecursionError):
       ours = False
     if not ours:
       raise UserError(

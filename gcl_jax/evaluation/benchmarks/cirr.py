@@ -85,17 +85,18 @@ def read_split(files: Files, split: str) -> dict[str, str]:
 def read_captions(files: Files, split: str) -> list[dict[str, Any]]:
   """The entries of a caption file, with the fields that all of them have."""
   name = f"captions/cap.rc2.{split}.json"
-  entries = files.json(name)
+  entries = files.entries(name)
   for entry in entries:
-    for field in ("pairid", "reference", "caption"):
-      files.field(entry, field, name)
-    files.field(files.field(entry, "img_set", name), "members", name)
+    files.field(entry, "pairid", name)
+    for field in ("reference", "caption"):
+      files.field(entry, field, name, str)
+    files.strings(files.field(entry, "img_set", name), "members", name)
   return entries
 
 
 def _task(files: Files, split: str) -> tuple[Task, list[str]]:
   paths, entries = read_split(files, split), read_captions(files, split)
-  public = bool(entries) and "target_hard" in entries[0]
+  public = "target_hard" in entries[0]
   gallery = documents(
     f"the gallery of {split}", list(paths), images=list(paths.values())
   )
@@ -118,7 +119,7 @@ def _task(files: Files, split: str) -> tuple[Task, list[str]]:
   relevant = None
   if public:
     name = f"captions/cap.rc2.{split}.json"
-    targets = rows([files.field(entry, "target_hard", name) for entry in entries])
+    targets = rows([files.field(e, "target_hard", name, str) for e in entries])
     relevant = judgements(np.arange(len(entries)), targets, len(entries))
   queries = documents(
     f"the queries of {split}",

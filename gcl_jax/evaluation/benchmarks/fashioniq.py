@@ -115,10 +115,11 @@ def read_list(files: Files, category: str, split: str) -> list[str]:
 def read_captions(files: Files, category: str) -> list[dict[str, Any]]:
   """The validation queries of a category."""
   name = f"captions/cap.{category}.val.json"
-  entries = files.json(name)
+  entries = files.entries(name)
   for entry in entries:
-    for field in ("candidate", "target", "captions"):
-      files.field(entry, field, name)
+    for field in ("candidate", "target"):
+      files.field(entry, field, name, str)
+    files.strings(entry, "captions", name)
   return entries
 
 

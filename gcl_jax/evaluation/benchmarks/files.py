@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow.json
 
 from gcl_jax.errors import UserError
 
+_BROKEN = (OSError, EOFError, zlib.error, ValueError, RecursionError)
 _BLOCK = 1 << 24  # bytes; a line longer than this is no line of these files
 
 
@@ -60,31 +63,51 @@ class Files:
     path = self.find(*names)
     try:
       return _bytes(path).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except _BROKEN as error:
       raise self.bad(path, error) from error
 
   def json(self, *names: str) -> Any:
     path = self.find(*names)
     try:
       return json.loads(_bytes(path))
-    except (OSError, EOFError, ValueError) as error:
+    except _BROKEN as error:
       raise self.bad(path, error) from error
 
   def rows(self, name: str, delimiter: str = ",") -> list[dict[str, str]]:
     """A table with a header line, as dicts. Tab-separated files have no quotes."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    lines = self.text(name).splitlines(keepends=True)
-    return list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting))
+    lines = io.StringIO(self.text(name), newline="")
+    try:
+      return list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting))
+    except csv.Error as error:
+      raise self.bad(self.find(name), error) from error
+
+  def lines(self, name: str) -> list[str]:
+    """The lines of a file. Only a line feed ends one: texts hold the ends of others."""
+    return self.text(name).split("\n")
+
+  def entries(self, *names: str) -> list[Any]:
+    """A file that is one JSON list, not an empty one."""
+    path = self.find(*names)
+    if not (found := self.items(self.json(*names), path)):
+      raise UserError(f"{path} holds no entries: is it the official file?")
+    return found
+
+  def items(self, value: Any, path: Path) -> list[Any]:
+    """`value`, or the UserError that says that this file has no list there."""
+    if not isinstance(value, list):
+      raise UserError(f"{path} holds no list of entries: is it the official file?")
+    return value
 
   def objects(self, name: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """A file with an object a line, each with these fields of these types."""
     out = []
-    for number, line in enumerate(self.text(name).splitlines(), start=1):
+    for number, line in enumerate(self.lines(name), start=1):
       if not line.strip():
         continue
       try:
         entry = json.loads(line)
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise UserError(f"{self.root / name}, line {number}: {error}.") from error
       for field, kind in fields.items():
         if not isinstance(self.field(entry, field, name), kind):
@@ -103,21 +126,33 @@ class Files:
     try:
       with pa.OSFile(str(path)) if path.suffix != ".gz" else gzip.open(path) as file:
         table = pa.json.read_json(file, pa.json.ReadOptions(block_size=_BLOCK), options)
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+    except (*_BROKEN, pa.ArrowException) as error:
       raise self.bad(path, error) from error
     return table.select(list(fields))
 
   def bad(self, path: Path, error: Exception | str) -> UserError:
     return UserError(f"{path} cannot be read: {error}; download it again.")
 
-  def field(self, entry: Any, name: str, where: str) -> Any:
-    """entry[name], or the UserError that says which file lacks it."""
-    try:
-      return entry[name]
-    except (KeyError, TypeError):
+  def field(self, entry: Any, name: str, where: str, kind: type = object) -> Any:
+    """entry[name], or the UserError that says which file lacks it or has another kind."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if value is None:
       raise UserError(
         f"{self.root / where}: an entry lacks {name!r}; is it the official file?"
-      ) from None
+      )
+    if not isinstance(value, kind):
+      raise UserError(
+        f"{self.root / where}: {name} is not a {kind.__name__} in an entry; is it the "
+        "official file?"
+      )
+    return value
+
+  def strings(self, entry: Any, name: str, where: str) -> list[str]:
+    """entry[name] where it is a list of strings; UserError as `field`."""
+    values = self.field(entry, name, where, list)
+    if not all(isinstance(value, str) for value in values):
+      raise UserError(f"{self.root / where}: {name} is not a list of strings.")
+    return values
 
   def digest(self) -> str:
     """SHA-256 over the names and contents of all files that were read."""

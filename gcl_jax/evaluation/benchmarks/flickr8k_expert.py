@@ -39,7 +39,8 @@ def open_flickr8k_expert(root: str, options: Options) -> Benchmark:
   paths, captions = {}, {}
   for entry in files.objects("captions.jsonl", {"image": str, "captions": list}):
     name = Path(entry["image"]).name
-    paths[name], captions[name] = entry["image"], entry["captions"]
+    paths[name] = entry["image"]
+    captions[name] = files.strings(entry, "captions", "captions.jsonl")
   images, texts, scores = [], [], []
   for number, row in enumerate(files.rows("expert_scores.tsv", "\t"), start=2):
     try:

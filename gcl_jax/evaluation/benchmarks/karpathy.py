@@ -106,16 +106,22 @@ def _read(files: Files, name: str) -> tuple[list[str], list[tuple[str, list[str]
   data = files.json(*_FILES[name])
   karpathy = isinstance(data, dict)
   where = _FILES[name][0 if karpathy else 1]
-  for entry in files.field(data, "images", where) if karpathy else data:
+  data = files.field(data, "images", where) if karpathy else data
+  for entry in files.items(data, files.root / where):
     if karpathy:
       if files.field(entry, "split", where) != "test":
         continue
-      path = files.field(entry, "filename", where)
+      path = files.field(entry, "filename", where, str)
       path = f"{entry['filepath']}/{path}" if entry.get("filepath") else path
-      texts = [s["raw"] for s in files.field(entry, "sentences", where)]
+      sentences = files.field(entry, "sentences", where, list)
+      texts = [files.field(s, "raw", where, str) for s in sentences]
     else:
-      path, texts = (files.field(entry, field, where) for field in ("image", "caption"))
-    found.append((path, [texts] if isinstance(texts, str) else texts[:_CAPTIONS]))
+      path = files.field(entry, "image", where, str)
+      texts = files.field(entry, "caption", where)
+      texts = (
+        [texts] if isinstance(texts, str) else files.strings(entry, "caption", where)
+      )
+    found.append((path, texts[:_CAPTIONS]))
   if not found or not all(texts for _, texts in found):
     raise UserError(
       f"{files.root / where} has no test pictures, or one without a caption: is it the "

@@ -223,7 +223,7 @@ def _qrels(files: Files, name: str, asked: Documents) -> tuple[list[str], list[s
     UserError: a line of another form, a query without any line.
   """
   file, qids, dids = qrels_file(name), [], []
-  for number, line in enumerate(files.text(file).splitlines(), start=1):
+  for number, line in enumerate(files.lines(file), start=1):
     fields = line.split()
     if not fields:
       continue

@@ -44,7 +44,7 @@ def build_cirr(root: str, output: Path) -> str:
     pool |= cirr.read_split(files, split)
   merged: dict[tuple[str, str], dict[str, float]] = {}
   for entry in cirr.read_captions(files, "val"):
-    soft = files.field(entry, "target_soft", "captions/cap.rc2.val.json")
+    soft = files.field(entry, "target_soft", "captions/cap.rc2.val.json", dict)
     merged.setdefault((entry["reference"], entry["caption"]), {}).update(soft)
   queries: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
   for (reference, caption), soft in merged.items():

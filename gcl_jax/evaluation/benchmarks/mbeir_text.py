@@ -15,7 +15,7 @@ CHOICES = ("first", "random", "none")
 def clean(text: str | None) -> str:
   """No carriage returns, no blanks and then no quotes around, a capital first and a
   full stop last. Empty stays empty. Cleaning twice changes nothing but inner blanks."""
-  text = (text or "").strip().strip('"')
+  text = (text or "").replace("\r", "").strip().strip('"')
   if not text:
     return ""
   text = text[0].upper() + text[1:]

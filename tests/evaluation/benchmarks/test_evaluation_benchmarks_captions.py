@@ -124,6 +124,27 @@ def test_caption_files_that_do_not_fit(tmp_path):
     open_benchmark("coco", str(tmp_path), Options())
 
 
+@pytest.mark.parametrize(
+  ("data", "message"),
+  [
+    (7, "holds no list of entries"),
+    ({"images": 7}, "holds no list of entries"),
+    ([7], "lacks 'image'"),
+    ([{"image": 7, "caption": "a"}], "image is not a str"),
+    ([{"image": "a.jpg", "caption": [7]}], "caption is not a list of strings"),
+    (
+      {"images": [{"split": "test", "filename": "a", "sentences": [{}]}]},
+      "lacks 'raw'",
+    ),
+    ({"images": [{"split": "test", "filename": "a", "sentences": 7}]}, "is not a list"),
+  ],
+)
+def test_captions_of_another_shape(tmp_path, data, message):
+  write_json(tmp_path / "dataset_coco.json", data)
+  with pytest.raises(UserError, match=message):
+    open_benchmark("coco", str(tmp_path), Options())
+
+
 def test_the_experts_of_flickr8k(real_data):
   benchmark = open_benchmark("flickr8k_expert", str(real_data / "flickr8k"), Options())
   (task,) = benchmark.tasks
@@ -183,6 +204,7 @@ def test_tables_of_judged_pictures_that_are_none(tmp_path):
   for line, message in (
     ('{"image": "p.jpg"}', "lacks 'captions'"),
     ('{"image": "p.jpg", "captions": "c"}', "line 4: captions is not a list"),
+    ('{"image": "p.jpg", "captions": [5]}', "captions is not a list of strings"),
     ("[", "line 4: "),
   ):
     table.write_text(good + line)

@@ -124,6 +124,48 @@ def test_cirr_files_that_do_not_fit(cirr, tmp_path):
     open_benchmark("cirr", str(cirr), Options())
 
 
+GOOD_ENTRY = {
+  "pairid": 1,
+  "reference": "dev-63-0-img1",
+  "caption": "a",
+  "target_hard": "dev-63-0-img1",
+  "img_set": {"members": ["dev-63-0-img1"]},
+}
+
+
+@pytest.mark.parametrize(
+  ("entries", "message"),
+  [
+    ([], "holds no entries"),
+    (5, "holds no list of entries"),
+    ([5], "lacks 'pairid'"),
+    ([GOOD_ENTRY | {"caption": None}], "lacks 'caption'"),
+    ([GOOD_ENTRY | {"reference": ["a"]}], "reference is not a str"),
+    ([GOOD_ENTRY | {"img_set": {"members": 5}}], "members is not a list"),
+    ([GOOD_ENTRY | {"img_set": {"members": [5]}}], "members is not a list of strings"),
+    ([GOOD_ENTRY | {"target_hard": 5}], "target_hard is not a str"),
+  ],
+)
+def test_cirr_captions_of_another_shape(tmp_path, entries, message):
+  write_json(
+    tmp_path / "image_splits/split.rc2.val.json", {"dev-63-0-img1": "./dev/a.png"}
+  )
+  paint(tmp_path / "dev/a.png")
+  captions = tmp_path / "captions/cap.rc2.val.json"
+  write_json(captions, [GOOD_ENTRY])
+  open_benchmark("cirr", str(tmp_path), Options())
+  write_json(captions, entries)
+  with pytest.raises(UserError, match=rf"rc2\.val\.json:? .*{message}"):
+    open_benchmark("cirr", str(tmp_path), Options())
+
+
+@pytest.mark.parametrize("entries", [5, [], [{"candidate": "a", "target": "b"}]])
+def test_fashioniq_captions_of_another_shape(tmp_path, entries):
+  write_json(tmp_path / "captions/cap.dress.val.json", entries)
+  with pytest.raises(UserError, match=r"cap\.dress\.val\.json"):
+    open_benchmark("fashioniq", str(tmp_path), Options(tasks=("dress",)))
+
+
 def test_fashioniq_sizes_and_rules_on_the_real_annotations(fashioniq):
   names = ("dress", "shirt", "toptee", "mbeir")
   benchmark = open_benchmark("fashioniq", str(fashioniq), Options(tasks=names))

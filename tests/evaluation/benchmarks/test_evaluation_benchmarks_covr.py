@@ -171,6 +171,11 @@ def test_tables_that_do_not_fit(tmp_path):
   (tmp_path / "webvid8m-covr_test.csv").write_text("pth1,pth2\na,b\n")
   with pytest.raises(UserError, match="lacks 'edit'"):
     opened(tmp_path)
+  (tmp_path / "webvid8m-covr_test.csv").write_text(
+    "txt1,txt2,pth1,pth2,edit,scores\na,b,x/a\n"
+  )
+  with pytest.raises(UserError, match="lacks 'pth2'"):
+    opened(tmp_path)
   with pytest.raises(UserError, match="--targets=all: there are mean"):
     opened(tmp_path, targets="all")
 

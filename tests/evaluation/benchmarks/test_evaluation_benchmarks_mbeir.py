@@ -86,6 +86,8 @@ def opened(root, *tasks, **choices):
     (None, ""),
     (' "" ', ""),
     ("éclair", "Éclair."),
+    ("one\rtwo\r\nthree", "Onetwo\nthree."),
+    ('\r"quoted"', "Quoted."),
   ],
 )
 def test_texts_are_cleaned(raw, want):
