@@ -24,6 +24,7 @@ from gcl_jax.evaluation.benchmarks.task import (
   Scoring,
   Task,
   chosen,
+  sizes,
 )
 
 LAYOUT = """\
@@ -32,6 +33,7 @@ LAYOUT = """\
   dev/*.png, test1/*.png                (as the split files say; or --images=<folder>)
 from https://github.com/Cuberick-Orion/CIRR, branch cirr_dataset"""
 CUTOFFS, SUBSET_CUTOFFS = (1, 5, 10, 50), (1, 2, 3)
+_SIZES = {"val": (4_181, 2_297), "test1": (4_148, 2_315)}  # queries, pictures
 
 
 def open_cirr(root: str, options: Options) -> Benchmark:
@@ -147,4 +149,5 @@ def _task(files: Files, split: str) -> tuple[Task, list[str]]:
       server=head | {"metric": "recall_subset"},
     ),
   )
-  return Task(split, (BOTH, IMAGE), queries, scorings), list(paths.values())
+  size = sizes(len(queries), len(gallery), _SIZES[split])
+  return Task(split, (BOTH, IMAGE), queries, scorings, size), list(paths.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ LAYOUT = """\
   captions.jsonl   {"image": picture, ...} a line: more candidates; optional
   the pictures     beside it, or in images.zip (or --images=<folder>)"""
 CUTOFFS = (1, 5, 10, 50)
+_KIND = re.compile(r"[\w.-]{1,60}")  # names a folder of what is exported
+_TAKEN = ("all", ".", "..")
 
 
 def open_composed(root: str, options: Options) -> Benchmark:
@@ -36,7 +39,8 @@ def open_composed(root: str, options: Options) -> Benchmark:
   The reference is never an answer. Kinds are scored together and each by itself.
 
   Raises:
-    UserError: a file is missing, a line is not as it should be, no query is left, none
+    UserError: a file is missing, a line is not as it should be, a kind that cannot be
+      a name, no query is left, none
       of the pictures is there.
   """
   files = Files(root, "composed queries", LAYOUT)
@@ -74,7 +78,7 @@ def open_composed(root: str, options: Options) -> Benchmark:
     )
 
   scorings = [scoring("all", np.arange(len(lines)))]
-  kinds = np.array([str(line.get("kind", "")) for line in lines])
+  kinds = _kinds(files, lines)
   if len(set(kinds)) > 1:
     scorings += [scoring(k, np.flatnonzero(kinds == k)) for k in distinct(kinds)]
   return Benchmark(
@@ -87,6 +91,19 @@ def open_composed(root: str, options: Options) -> Benchmark:
     data_hash=files.digest(),
     summarise=_no_means,
   )
+
+
+def _kinds(files: Files, lines: list[dict[str, Any]]) -> np.ndarray:
+  """The kind of each query; "" of all where none has one."""
+  kinds = [str(line.get("kind", "")) for line in lines]
+  for kind in distinct(kinds) if any(kinds) else ():
+    if kind in _TAKEN or not _KIND.fullmatch(kind):
+      raise UserError(
+        f"{files.root / 'composed.jsonl'}: {kind[:80]!r} cannot be a kind: name one for "
+        "every query, or for none, of letters, digits, '_', '-' and '.', at most 60, and "
+        "not 'all'."
+      )
+  return np.array(kinds)
 
 
 def _no_means(tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,12 @@ def documents(
     raise ValueError(f"{name}: {len(images)} images, {len(texts)} texts, {rows} rows")
   if ids.null_count:
     raise UserError(f"{name}: {ids.null_count} rows have no id: repair that file.")
+  check_distinct(name, ids)
+  return Documents(name, ids, images, texts, parts)
+
+
+def check_distinct(name: str, ids: Column) -> None:
+  """Raises UserError, naming the first, where ids are there more than once."""
   counted = pc.value_counts(ids)
   if len(counted) < len(ids):
     twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
@@ -79,7 +85,6 @@ def documents(
       f"{name}: {len(twice)} ids are there more than once, the first is {twice[0]}; "
       "the official files have each once: repair or download that file again."
     )
-  return Documents(name, ids, images, texts, parts)
 
 
 def _column(values: Iterable | Column) -> Column:

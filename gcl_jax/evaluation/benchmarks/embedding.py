@@ -7,6 +7,8 @@ two unit vectors (CoVR's Avg); "checkpoint" is what the model was trained with.
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -181,7 +183,7 @@ class Embedding:
     self._files += 1
     path = Path(self._scratch.name, f"{self._files}.npy")
     try:
-      return np.lib.format.open_memmap(path, "w+", self._stored, shape)
+      return mapped(path, self._stored, shape)
     except OSError as error:
       raise UserError(
         f"no room for {shape[0]:,} embeddings in {path.parent}: {error}; set TMPDIR to "
@@ -199,6 +201,32 @@ class Embedding:
         f"{len(bad) - 1} more of its chunk): the model has diverged or its weight file "
         f"is damaged, or its vectors do not fit {self._stored} (--stored=float32)."
       )
+
+
+def mapped(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.memmap:
+  """A new .npy file of zeros, mapped for writing, with all of its room taken.
+
+  Without its room a mapped file ends the process (SIGBUS) when the disk is full.
+
+  Raises:
+    OSError: there is no such room, or the file cannot be made.
+  """
+  with path.open("wb") as file:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    head = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
+    size = file.tell() + int(np.prod(shape)) * dtype.itemsize
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):
+      try:
+        os.posix_fallocate(file.fileno(), 0, size)
+      except OSError as error:
+        if error.errno not in (
+          errno.EOPNOTSUPP,
+          errno.EINVAL,
+        ):  # not of this file system
+          raise
+  return np.lib.format.open_memmap(path, "r+")
 
 
 def _distinct(

@@ -76,7 +76,7 @@ def evaluate_benchmark(
       **benchmark.protocol,
       "fusion": fusion,
       "stored": stored,
-      "official": fusion == benchmark.fusion and stored == benchmark.stored,
+      "official_embedding": (fusion, stored) == (benchmark.fusion, benchmark.stored),
       "ties": "equal scores: the lower row of the pool first",
       "tie_width": float(TIE),
     },

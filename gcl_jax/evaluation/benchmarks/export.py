@@ -6,22 +6,26 @@
                  run.trec                          TREC: query Q0 candidate rank score tag
                  excluded.txt                      query and candidate it may not find
                  server.json                       where the benchmark's server takes one
+
+In ids, blanks and % are written as in addresses (%20, %25): TREC's fields end at blanks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 
 from gcl_jax.errors import UserError
-from gcl_jax.evaluation.benchmarks.embedding import Pool
+from gcl_jax.evaluation.benchmarks.embedding import Pool, mapped
 from gcl_jax.evaluation.benchmarks.scoring import Scored
 from gcl_jax.evaluation.benchmarks.task import Scoring, Task
 
@@ -54,6 +58,9 @@ class RunExport:
   def write(self, task: Task, scoring: Scoring, scored: Scored, pool: Pool) -> None:
     """The files of one scoring."""
     here = self._part / task.name / scoring.name
+    names = task.name, scoring.name
+    if here.parts[len(self._part.parts) :] != names or ".." in names:
+      raise UserError(f"{task.name!r} and {scoring.name!r} are no names for folders.")
     try:
       here.mkdir(parents=True)
       self._files(here, task, scoring, scored, pool)
@@ -72,6 +79,8 @@ class RunExport:
   ) -> None:
     queries = task.queries.ids.take(pa.array(scored.asked)).to_pylist()
     candidates = [name for part in scoring.pool for name in part.ids.to_pylist()]
+    names = queries, candidates  # as they are, for the server
+    queries, candidates = (list(map(_id, ids)) for ids in names)
     np.save(here / "query_embed.npy", scored.queries)
     self._candidates(here / "cand_embed.npy", scoring, pool)
     _lines(here / "query_ids.txt", queries)
@@ -80,7 +89,7 @@ class RunExport:
     if scored.relevant is not None:
       pairs = zip(scored.relevant.queries, scored.relevant.rows, strict=True)
       answers = [(queries[q], candidates[row]) for q, row in pairs]
-      answers += [(queries[q], name) for q, name in scored.relevant.elsewhere]
+      answers += [(queries[q], _id(c)) for q, c in scored.relevant.elsewhere]
       _lines(here / "qrels.txt", (f"{q} 0 {c} 1" for q, c in answers))
     if scored.excluded is not None:
       pairs = zip(queries, scored.excluded, strict=True)
@@ -90,8 +99,8 @@ class RunExport:
     if scoring.server and scored.result["partial"] is None:
       answer = dict(scoring.server)
       depth = max(scoring.cutoffs)
-      for name, found in zip(queries, scored.found.rows, strict=True):
-        answer[name] = [candidates[row] for row in found[:depth] if row >= 0]
+      for name, found in zip(names[0], scored.found.rows, strict=True):
+        answer[name] = [names[1][row] for row in found[:depth] if row >= 0]
       (here / "server.json").write_text(json.dumps(answer, separators=(",", ":")))
 
   def _candidates(self, path: Path, scoring: Scoring, pool: Pool) -> None:
@@ -105,7 +114,7 @@ class RunExport:
       return
     keep = _searched(scoring, pool)
     shape = (int(keep.sum()), pool.shape[1])
-    out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    out = mapped(path, np.dtype(np.float32), shape)
     done = 0
     for start in range(0, len(pool), _ROWS):
       rows = pool[start : start + _ROWS][keep[start : start + _ROWS]]
@@ -126,6 +135,10 @@ def _run(queries: list[str], candidates: list[str], scored: Scored) -> Iterator[
     for rank, (value, row) in enumerate(zip(scores, rows, strict=True), start=1):
       if row >= 0:
         yield f"{q} Q0 {candidates[row]} {rank} {value:.9g} {TAG}"
+
+
+def _id(name: str) -> str:
+  return re.sub(r"[\s%]", lambda found: quote(found[0]), name)
 
 
 def _lines(path: Path, lines: Iterable[str]) -> None:

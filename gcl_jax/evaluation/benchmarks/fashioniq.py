@@ -28,6 +28,7 @@ from gcl_jax.evaluation.benchmarks.task import (
   Scoring,
   Task,
   chosen,
+  sizes,
 )
 
 LAYOUT = """\
@@ -40,6 +41,12 @@ SPLITS = ("train", "val", "test")
 CUTOFFS = (10, 50)
 _BLANKED = re.compile(r"[.!\"()*#:;~]")
 _WORDS = 30
+_SIZES = {  # queries, garments
+  "dress": (2_017, 3_817),
+  "shirt": (2_038, 6_346),
+  "toptee": (1_961, 5_373),
+  "mbeir": (6_003, 74_381),
+}
 
 
 def open_fashioniq(root: str, options: Options) -> Benchmark:
@@ -196,4 +203,5 @@ def _task(
       Scoring("unmasked", (gallery,), cutoffs, relevant),
       Scoring("masked", (gallery,), cutoffs, relevant, excluded=own),
     ),
+    sizes(len(queries), len(gallery), _SIZES[name]),
   )

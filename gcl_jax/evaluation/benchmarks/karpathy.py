@@ -21,6 +21,7 @@ from gcl_jax.evaluation.benchmarks.task import (
   Scoring,
   Task,
   chosen,
+  sizes,
 )
 
 _FILES = {
@@ -42,6 +43,7 @@ LAYOUTS = {
 CUTOFFS = (1, 5, 10, 50)
 _CAPTIONS = 5  # of COCO's five to seven
 _FOLD = 1_000
+_PICTURES = {"coco": 5_000, "flickr30k": 1_000}  # of the test splits
 
 
 def open_coco(root: str, options: Options) -> Benchmark:
@@ -66,10 +68,7 @@ def _open(name: str, root: str, options: Options) -> Benchmark:
     texts=[text for _, found in captions for text in found],
   )
   owner = np.repeat(np.arange(len(images)), [len(found) for _, found in captions])
-  tasks = [
-    _task(direction, pictures, texts, owner, folds=name == "coco")
-    for direction in wanted
-  ]
+  tasks = [_task(name, direction, pictures, texts, owner) for direction in wanted]
   folders = [files.root / part for part in _FOLDERS[name]]
   if options.images:
     folders = [Path(options.images).expanduser()]
@@ -131,7 +130,7 @@ def _read(files: Files, name: str) -> tuple[list[str], list[tuple[str, list[str]
 
 
 def _task(
-  direction: str, pictures: Documents, texts: Documents, owner: np.ndarray, folds: bool
+  name: str, direction: str, pictures: Documents, texts: Documents, owner: np.ndarray
 ) -> Task:
   """`owner`: (captions,) the picture of each."""
   captions = np.arange(len(owner))
@@ -140,7 +139,9 @@ def _task(
   whole = judgements(*pairs, len(queries))
   scorings = [Scoring(f"{_thousands(len(pictures))}", (pool,), CUTOFFS, whole)]
   fold_of = np.arange(len(pictures)) // _FOLD
-  for fold in range(len(pictures) // _FOLD) if folds and len(pictures) > _FOLD else ():
+  for fold in (
+    range(len(pictures) // _FOLD) if name == "coco" and len(pictures) > _FOLD else ()
+  ):
     ours = fold_of == fold, fold_of[owner] == fold
     asking, allowed = ours if direction == "i2t" else reversed(ours)
     asked = np.flatnonzero(asking)
@@ -153,7 +154,10 @@ def _task(
       )
     )
   modalities = (IMAGE, TEXT) if direction == "i2t" else (TEXT, IMAGE)
-  return Task(direction, modalities, queries, tuple(scorings))
+  official = _PICTURES[name], _CAPTIONS * _PICTURES[name]
+  official = official if direction == "i2t" else official[::-1]
+  size = sizes(len(queries), len(pool), official)
+  return Task(direction, modalities, queries, tuple(scorings), size)
 
 
 def _thousands(count: int) -> str:

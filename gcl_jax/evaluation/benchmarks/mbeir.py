@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation.benchmarks.documents import (
   Documents,
+  check_distinct,
   documents,
   judgements,
   places,
@@ -29,6 +30,7 @@ from gcl_jax.evaluation.benchmarks.task import (
   Scoring,
   Task,
   chosen,
+  sizes,
 )
 
 LAYOUT = """\
@@ -101,6 +103,8 @@ def open_mbeir(root: str, options: Options) -> Benchmark:
   prompts = Prompts(files, choice, options.prompt_seed)
   pooled = list(SETS) if pool != "local" else names
   pools = {name: _pool(files, name) for name in pooled}
+  if pool != "local":
+    check_distinct("the union of the pools", _union(tuple(pools.values())))
   tasks = [_task(files, name, prompts, pools, pool) for name in names]
   folder = Path(options.images).expanduser() if options.images else files.root
   columns = [d.images for t in tasks for d in (t.queries, *pools.values())]
@@ -125,7 +129,8 @@ def open_mbeir(root: str, options: Options) -> Benchmark:
 
 
 def summarise(tasks: Mapping[str, Any]) -> dict[str, Any]:
-  """The mean of the sixteen rows, only where all sixteen are there and whole."""
+  """The mean of the sixteen rows, only where all sixteen are there, whole, and of their
+  official sizes."""
   out: dict[str, Any] = {}
   scorings = [
     s for s in ("local", "union") if any(s in t["scores"] for t in tasks.values())
@@ -206,13 +211,13 @@ def _task(
     if pool in (scoring, "both"):
       answers = _answers(asked, parts, qids, dids)
       scorings.append(Scoring(scoring, parts, CUTOFFS, answers))
-  official = (len(asked), len(pools[name])) == (queries, candidates)
+  size = sizes(len(asked), len(pools[name]), (queries, candidates))
   return Task(
     name,
     direction,
     asked,
     tuple(scorings),
-    {"official_k": k, "official_size": official},
+    {"official_k": k, **size},
   )
 
 
@@ -255,10 +260,7 @@ def _answers(
   asked: Documents, parts: tuple[Documents, ...], qids: list[str], dids: list[str]
 ):
   """Judgements over pools one after the other. Answers of another pool stay known."""
-  ids = pa.chunked_array(
-    [chunk for part in parts for chunk in _chunks(part.ids)], pa.large_string()
-  )
-  queries, rows = places(asked.ids, qids), places(ids, dids)
+  queries, rows = places(asked.ids, qids), places(_union(parts), dids)
   known = queries >= 0
   inside = known & (rows >= 0)
   elsewhere = (known & ~inside).nonzero()[0]
@@ -268,6 +270,12 @@ def _answers(
     len(asked),
     [(int(queries[k]), dids[k]) for k in elsewhere],
   )
+
+
+def _union(parts: tuple[Documents, ...]) -> pa.ChunkedArray:
+  """The ids of all parts, one after the other."""
+  chunks = [chunk for part in parts for chunk in _chunks(part.ids)]
+  return pa.chunked_array(chunks, pa.large_string())
 
 
 def _chunks(column) -> list[pa.Array]:

@@ -6,8 +6,9 @@ ours, in the order of the annotation files.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from gcl_jax.evaluation.benchmarks import cirr, fashioniq
 from gcl_jax.evaluation.benchmarks.files import Files
 from gcl_jax.evaluation.benchmarks.mbeir import SETS, pool_file, qrels_file, query_file
 from gcl_jax.evaluation.benchmarks.mbeir_text import INSTRUCTIONS, clean
-from gcl_jax.paths import write_whole
 
 INSTRUCTION_BYTES = 5_288  # of the official query_instructions.tsv
 _TASK_ID = 7  # image,text -> image
@@ -78,7 +78,7 @@ def copy_instructions(source: str, output: Path) -> None:
   """The official instruction file, by its size.
 
   Raises:
-    UserError: it is not there, or of another size.
+    UserError: it is not there, or of another size, or another is there already.
   """
   path = Path(source).expanduser()
   if not path.is_file() or path.stat().st_size != INSTRUCTION_BYTES:
@@ -86,9 +86,7 @@ def copy_instructions(source: str, output: Path) -> None:
       f"--instructions={source} is not M-BEIR's query_instructions.tsv of "
       f"{INSTRUCTION_BYTES:,} bytes"
     )
-  target = output / INSTRUCTIONS
-  target.parent.mkdir(parents=True, exist_ok=True)
-  shutil.copyfile(path, target)
+  _write_all(output, {INSTRUCTIONS: path.read_bytes()})
 
 
 def _write(
@@ -137,16 +135,39 @@ def _write(
     query_file(name): _json_lines(asked),
     qrels_file(name): "".join(judged),
   }
-  try:
-    for file, text in texts.items():
-      path = output / file
-      path.parent.mkdir(parents=True, exist_ok=True)
-      write_whole(path, text)
-  except OSError as error:
-    raise UserError(f"--output={output} cannot be written: {error}") from error
+  _write_all(output, {file: text.encode() for file, text in texts.items()})
   return (
     f"{name}: {len(asked):,} queries, {len(judged):,} answers, {len(dids):,} candidates"
   )
+
+
+def _write_all(output: Path, contents: Mapping[str, bytes]) -> None:
+  """All of the files or none; a file that is there already must be the same.
+
+  Raises:
+    UserError: another file is there, or the folder cannot be written.
+  """
+  parts: dict[Path, Path] = {}
+  try:
+    for file, raw in contents.items():
+      path = output / file
+      if path.exists() and path.read_bytes() != raw:
+        raise UserError(
+          f"{path} exists and is another: name an --output without M-BEIR's own files."
+        )
+    for file, raw in contents.items():
+      path = output / file
+      path.parent.mkdir(parents=True, exist_ok=True)
+      parts[path] = path.with_name(path.name + ".part")
+      parts[path].write_bytes(raw)
+    for path, part in parts.items():
+      os.replace(part, path)
+  except OSError as error:
+    raise UserError(f"--output={output} cannot be written: {error}") from error
+  finally:
+    for part in parts.values():
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
 
 
 def _dids(dids: Mapping[str, str], names: Iterable[str]) -> list[str]:

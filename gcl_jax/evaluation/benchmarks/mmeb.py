@@ -28,6 +28,7 @@ from gcl_jax.evaluation.benchmarks.task import (
   Scoring,
   Task,
   chosen,
+  sizes,
 )
 
 LAYOUT = """\
@@ -80,6 +81,7 @@ KINDS = {
   "EDIS": Kind((TEXT, BOTH), "Find a news image that matches the provided caption:"),
 }
 _IMAGE_MARK = re.compile(r"<\|image_\d+\|>\s*")
+_QUERIES = 1_000  # of each official task
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _MODES = ("multimodal", "unimodal")
 _INSTRUCTIONS = ("stored", "none")
@@ -210,6 +212,7 @@ def _task(files: Files, name: str, mode: str, bare: bool) -> Task:
         lists=padded,
       ),
     ),
+    sizes(len(queries), len(pool), (_QUERIES, None)),
   )
 
 

@@ -24,9 +24,14 @@ def mean_of(values: list[float | None]) -> float | None:
 def recall_of(
   tasks: Mapping[str, Any], task: str, scoring: str, k: int
 ) -> float | None:
-  """A recall in percent; None where it is not there or is of partial data."""
+  """A recall in percent, for a mean of the benchmark's own.
+
+  None where it is not there, is of partial data, or of another size than the official.
+  """
   block = tasks.get(task, {}).get("scores", {}).get(scoring)
   if block is None or block["partial"] or task_is_partial(tasks[task]):
+    return None
+  if not tasks[task].get("official_size", True):
     return None
   return block.get("recall", {}).get(str(k))
 
@@ -38,22 +43,28 @@ def task_is_partial(task: Mapping[str, Any]) -> bool:
 
 
 def directions_of(tasks: Mapping[str, Any]) -> dict[str, Any]:
-  """Means over the tasks of each direction, by scoring and K; partial ones left out."""
-  grouped: dict[str, dict[str, dict[str, list]]] = {}
-  for task in tasks.values():
+  """Means over the tasks of each direction, by scoring; partial ones left out.
+
+  Each names its tasks, and has the K that all of them have.
+  """
+  grouped: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+  for task_name, task in tasks.items():
     for name, block in task.get("scores", {}).items():
       if block["partial"] or "recall" not in block:
         continue
-      for k, value in block["recall"].items():
-        of_direction = grouped.setdefault(task["direction"], {}).setdefault(name, {})
-        of_direction.setdefault(k, []).append(value)
+      of_direction = grouped.setdefault(task["direction"], {})
+      of_direction.setdefault(name, {})[task_name] = block["recall"]
   return {
-    direction: {
-      name: {"tasks": len(next(iter(by_k.values())))}
-      | {k: float(np.mean(values)) for k, values in by_k.items()}
-      for name, by_k in blocks.items()
-    }
+    direction: {name: _mean_recalls(by_task) for name, by_task in blocks.items()}
     for direction, blocks in grouped.items()
+  }
+
+
+def _mean_recalls(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+  rows = list(by_task.values())
+  shared = [k for k in rows[0] if all(k in row for row in rows)]
+  return {"tasks": list(by_task)} | {
+    k: float(np.mean([row[k] for row in rows])) for k in shared
   }
 
 
@@ -101,7 +112,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
   for name, value in result["summary"].items():
     if not isinstance(value, Mapping):
       shown = (
-        "not given (not all tasks, or partial ones)"
+        "not given (not all tasks, partial ones, or of another size)"
         if value is None
         else f"{value:.2f}"
       )
@@ -111,6 +122,15 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     lines.append(
       "~ ties alone could move it by more than 0.05 points: the file has the interval"
     )
+  for name, task in tasks.items():
+    if not task.get("official_size", True):
+      counts = [
+        f"{found:,} {what} (official: {want:,})"
+        for what, (found, want) in task["sizes"].items()
+      ]
+      lines.append(
+        f"{name}: {', '.join(counts)}: of another size, and in no mean of the benchmark's"
+      )
   partial = [name for name, task in tasks.items() if task_is_partial(task)]
   if partial:
     lines.append(

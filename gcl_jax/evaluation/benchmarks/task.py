@@ -49,7 +49,8 @@ class Task:
 
   Attributes:
     direction: (query modality, candidate modality).
-    notes: what the result says beside the numbers.
+    notes: what the result says beside the numbers; `sizes` where an official size is
+      known.
   """
 
   name: str
@@ -57,6 +58,11 @@ class Task:
   queries: Documents
   scorings: tuple[Scoring, ...]
   notes: Mapping[str, Any] = field(default_factory=dict)
+
+  def __post_init__(self):
+    names = [scoring.name for scoring in self.scorings]
+    if len(set(names)) < len(names):
+      raise ValueError(f"{self.name}: two scorings have one name: {names}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +128,25 @@ class Benchmark:
         parts = [*(d for s in task.scorings for d in s.pool), task.queries]
       found.update((id(part), part) for part in parts)
     return list(found.values())
+
+
+def sizes(
+  queries: int, candidates: int, official: tuple[int, int | None]
+) -> dict[str, Any]:
+  """Notes of a task: how large it is, and how large the official one is.
+
+  `official`: queries and candidates; None where the official task fixes no number.
+  """
+  found = {"queries": queries, "candidates": candidates}
+  pairs = {
+    what: [count, want]
+    for (what, count), want in zip(found.items(), official, strict=True)
+    if want is not None
+  }
+  return {
+    "official_size": all(count == want for count, want in pairs.values()),
+    "sizes": pairs,
+  }
 
 
 def chosen(

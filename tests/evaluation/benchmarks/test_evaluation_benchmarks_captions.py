@@ -9,6 +9,7 @@ from scipy.stats import kendalltau
 
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation.benchmarks import Options, open_benchmark
+from gcl_jax.evaluation.benchmarks import karpathy as karpathy_module
 
 
 def karpathy(captions, *, cocoid=True):
@@ -46,6 +47,7 @@ def test_the_sizes_of_coco(tmp_path, real_data):
       "5K",
       *(f"fold {k}" for k in range(1, 6)),
     ]
+    assert task.notes["official_size"]
     folds = np.concatenate([s.asked for s in task.scorings[1:]])
     np.testing.assert_array_equal(folds, np.arange(len(task.queries)))
     assert sum(s.allowed.astype(int) for s in task.scorings[1:]).tolist() == [1] * len(
@@ -53,7 +55,8 @@ def test_the_sizes_of_coco(tmp_path, real_data):
     )
 
 
-def test_coco_and_its_folds(tmp_path, real_data):
+def test_coco_and_its_folds(tmp_path, real_data, monkeypatch):
+  monkeypatch.setitem(karpathy_module._PICTURES, "coco", 2000)
   groups = write_coco(tmp_path, real_data, 2000)
   # Every picture lies where its first caption does.
   place = {f"val2014/{n:05d}.jpg": group[0] for n, group in enumerate(groups)}
@@ -102,6 +105,10 @@ def test_flickr_in_karpathys_form(tmp_path):
   benchmark = open_benchmark("flickr30k", str(tmp_path), Options())
   i2t, t2i = benchmark.tasks
   assert (len(i2t.queries), len(t2i.queries)) == (6, 30)
+  assert i2t.notes == {
+    "official_size": False,
+    "sizes": {"queries": [6, 1000], "candidates": [30, 5000]},
+  }
   assert i2t.scorings[0].relevant.rows.tolist() == list(range(30))
   assert benchmark.pictures.load(["00001.jpg"]) == [str(tmp_path / "images/00001.jpg")]
 

@@ -153,7 +153,8 @@ def test_cirr_captions_of_another_shape(tmp_path, entries, message):
   paint(tmp_path / "dev/a.png")
   captions = tmp_path / "captions/cap.rc2.val.json"
   write_json(captions, [GOOD_ENTRY])
-  open_benchmark("cirr", str(tmp_path), Options())
+  (task,) = open_benchmark("cirr", str(tmp_path), Options()).tasks
+  assert task.notes["sizes"] == {"queries": [1, 4181], "candidates": [1, 2297]}
   write_json(captions, entries)
   with pytest.raises(UserError, match=rf"rc2\.val\.json:? .*{message}"):
     open_benchmark("cirr", str(tmp_path), Options())
@@ -172,6 +173,7 @@ def test_fashioniq_sizes_and_rules_on_the_real_annotations(fashioniq):
   sizes = [(len(t.queries), len(t.scorings[0].pool[0])) for t in benchmark.tasks]
   assert sizes == [(2017, 3817), (2038, 6346), (1961, 5373), (6003, 74381)]
   for task in benchmark.tasks:
+    assert task.notes["official_size"]
     plain, masked = task.scorings
     assert (plain.name, masked.name) == ("unmasked", "masked")
     assert plain.excluded is None
@@ -286,6 +288,17 @@ def test_a_missing_picture_makes_composed_queries_partial(tmp_path):
   assert block["queries"] == 3
   assert block["partial"]["queries_left_out"] == 2
   assert block["partial"]["candidates_left_out"] == 1
+
+
+@pytest.mark.parametrize(
+  "kind", ["../../../evil", "", "all", ".", "..", "a/b", "a b", "x" * 61]
+)
+def test_kinds_that_cannot_name_a_folder(tmp_path, kind):
+  write_composed(tmp_path)
+  path = tmp_path / "composed.jsonl"
+  path.write_text(path.read_text().replace('"odd"', json.dumps(kind)))
+  with pytest.raises(UserError, match=r"composed\.jsonl: .* cannot be a kind: name"):
+    open_benchmark("composed", str(tmp_path), Options())
 
 
 def test_emoji_in_their_zip(real_data):

@@ -1,5 +1,8 @@
 """The embedding stage: protocols, distinct documents once, what is absent."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from benchmark_cases import Embedder, NamedPictures, paint, vector
@@ -92,6 +95,28 @@ def test_chunks_and_what_is_kept_change_nothing(monkeypatch):
   np.testing.assert_array_equal(bank.vectors, want)
   assert sum(seen) == 40
   stage.close()
+
+
+def test_a_full_disk_is_told_and_room_is_taken_at_once(tmp_path, monkeypatch):
+  mapped = module.mapped(tmp_path / "x.npy", np.dtype(np.float16), (5000, 300))
+  assert (mapped.shape, mapped.dtype) == ((5000, 300), np.float16)
+  assert (tmp_path / "x.npy").stat().st_blocks * 512 >= mapped.nbytes
+  mapped[4999] = 1
+  mapped.flush()
+  assert np.load(tmp_path / "x.npy").sum() == 300
+
+  def refuse(number):
+    def call(*_):
+      raise OSError(number, os.strerror(number))
+
+    return call
+
+  monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP))
+  assert module.mapped(tmp_path / "y.npy", np.dtype("f4"), (3, 2)).shape == (3, 2)
+  monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+  monkeypatch.setattr(module, "_ON_DISK", 0)
+  with pytest.raises(UserError, match=r"no room for 6 embeddings .*set TMPDIR"):
+    embedded(some(), "raw")
 
 
 def test_missing_and_unreadable_pictures_are_absent(tmp_path):

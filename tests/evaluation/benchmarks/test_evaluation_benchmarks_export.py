@@ -1,11 +1,15 @@
 """What is exported scores the same elsewhere, or is not there at all."""
 
+import dataclasses
+import errno
 import json
+import os
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import pytrec_eval
-from benchmark_cases import Embedder, evaluated, vector
+from benchmark_cases import Embedder, evaluated, paint, vector, write_lines
 from test_evaluation_benchmarks_composed_retrieval import write_composed
 from test_evaluation_benchmarks_mbeir import root, write_set  # noqa: F401
 
@@ -66,6 +70,63 @@ def test_absent_candidates_are_not_exported(tmp_path):
   assert len(np.load(folder / "cand_embed.npy")) == 19
   assert len((folder / "cand_ids.txt").read_text().split()) == 19
   assert len(np.load(folder / "query_embed.npy")) == 3
+
+
+@pytest.mark.parametrize("name", ["../evil", "..", ".", "", "a/b", "/tmp/evil"])
+def test_nothing_is_exported_outside_of_the_folder(tmp_path, name):
+  write_composed(tmp_path)
+  benchmark = open_benchmark("composed", str(tmp_path), Options())
+  (task,) = benchmark.tasks
+  bad = dataclasses.replace(task.scorings[0], name=name)
+  bad = dataclasses.replace(task, scorings=(bad,))
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(UserError, match="are no names for folders"):
+    evaluated(
+      dataclasses.replace(benchmark, tasks=[bad]),
+      export_run=str(tmp_path / "i0.png/../run"),
+    )
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_scorings_of_one_name_are_refused(tmp_path):
+  write_composed(tmp_path)
+  (task,) = open_benchmark("composed", str(tmp_path), Options()).tasks
+  with pytest.raises(ValueError, match="two scorings have one name"):
+    dataclasses.replace(task, scorings=task.scorings[:1] * 2)
+
+
+def test_ids_with_blanks_keep_their_fields(tmp_path):
+  lines = [
+    {"reference": f"a {k}%20.png", "text": f"t{k}", "target": f"b\u00a0{k}.png"}
+    for k in range(3)
+  ]
+  write_lines(tmp_path / "composed.jsonl", lines)
+  paint(tmp_path / "a 0%20.png")
+  benchmark = open_benchmark("composed", str(tmp_path), Options())
+  result = evaluated(benchmark, export_run=str(tmp_path / "run"))
+  folder = tmp_path / "run/composed/all"
+  ids = (folder / "cand_ids.txt").read_text().split()
+  assert ids[0] == "a%200%2520.png"
+  names = benchmark.tasks[0].scorings[0].pool[0].ids.to_pylist()
+  assert [unquote(name) for name in ids] == names
+  for file, width in (("run.trec", 6), ("qrels.txt", 4), ("excluded.txt", 2)):
+    rows = [line.split() for line in (folder / file).read_text().splitlines()]
+    assert {len(row) for row in rows} == {width}
+    assert all(row[2 if width > 2 else 1] in ids for row in rows)
+  recall = result["tasks"]["composed"]["scores"]["all"]["recall"]
+  assert trec(folder, (1, 5)) == pytest.approx({k: recall[k] for k in ("1", "5")})
+
+
+def test_a_full_disk_is_told_before_rows_are_written(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  write_composed(tmp_path)
+  benchmark = open_benchmark("composed", str(tmp_path), Options())
+  monkeypatch.setattr(os, "posix_fallocate", full)
+  with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+    evaluated(benchmark, export_run=str(tmp_path / "run"))
+  assert not list(tmp_path.glob("run*"))
 
 
 def test_nothing_half_written_is_left(tmp_path):

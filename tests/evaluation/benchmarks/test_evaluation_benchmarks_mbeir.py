@@ -10,7 +10,7 @@ import pytest
 from benchmark_cases import Embedder, evaluated, paint, vector, write_lines
 
 from gcl_jax.errors import UserError
-from gcl_jax.evaluation.benchmarks import Options, open_benchmark
+from gcl_jax.evaluation.benchmarks import Options, open_benchmark, table_of
 from gcl_jax.evaluation.benchmarks.mbeir import SETS
 from gcl_jax.evaluation.benchmarks.mbeir_text import clean
 
@@ -127,7 +127,7 @@ def test_the_fused_protocol_equals_a_plain_float32_count(root):
   assert got["official_size"] is False
   assert result["protocol"]["fusion"] == "raw"
   assert result["protocol"]["stored"] == "float16"
-  assert result["protocol"]["official"] is True
+  assert result["protocol"]["official_embedding"] is True
 
 
 def texts_asked(root, name, **choices):
@@ -156,6 +156,15 @@ def test_instructions_first_random_and_none(root):
   assert f"{prompt} Query 3 of webqa_task1." in asked
 
 
+@pytest.fixture
+def small(monkeypatch):
+  """As if the official sets were as small as these."""
+  for name, kind in SETS.items():
+    size = kind._replace(queries=QUERIES, candidates=CANDIDATES)
+    monkeypatch.setitem(SETS, name, size)
+
+
+@pytest.mark.usefixtures("small")
 def test_the_union_is_all_pools_and_foreign_answers_count_only_there(root):
   for name in SETS:
     write_set(root, name)
@@ -184,12 +193,42 @@ def test_the_union_is_all_pools_and_foreign_answers_count_only_there(root):
   assert summary["mean of 16, local, official K"] == pytest.approx(np.mean(rows))
   rows = [result["tasks"][name]["scores"]["union"]["recall"]["50"] for name in SETS]
   assert summary["mean of 16, union, R@50 (GCL paper)"] == pytest.approx(np.mean(rows))
-  assert result["directions"]["text -> image"]["union"]["tasks"] == 3
+  assert result["directions"]["text -> image"]["union"]["tasks"] == [
+    "visualnews_task0",
+    "mscoco_task0",
+    "fashion200k_task0",
+  ]
+  assert "of another size" not in table_of(result)
   assert not result["partial"]
   only = evaluated(opened(root, "cirr_task7", pool="local"))
   assert only["summary"] == {"mean of 16, local, official K": None}
 
 
+def test_no_mean_of_data_of_another_size(root):
+  for name in SETS:
+    write_set(root, name)
+  result = evaluated(opened(root))
+  assert result["summary"]["mean of 16, local, official K"] is None
+  assert result["tasks"]["cirr_task7"]["sizes"] == {
+    "queries": [QUERIES, 4170],
+    "candidates": [CANDIDATES, 21551],
+  }
+  table = table_of(result)
+  assert table.count("of another size, and in no mean") == 16
+  assert "cirr_task7: 12 queries (official: 4,170), 30 candidates" in table
+
+
+def test_an_id_in_two_pools_of_the_union_is_told(root):
+  for name in SETS:
+    write_set(root, name)
+  change(root, POOL, '"did": "8:13007"', '"did": "9:1001"')
+  change(root, QRELS, "8:13007 1 7", "9:1001 1 7")
+  opened(root)
+  with pytest.raises(UserError, match=r"union of the pools: 1 ids .* first is 9:1001"):
+    opened(root, pool="both")
+
+
+@pytest.mark.usefixtures("small")
 def test_missing_pictures_are_told_and_no_mean_includes_them(root):
   for name in SETS:
     write_set(root, name)
@@ -364,6 +403,36 @@ def test_annotations_of_another_size_are_refused(root, real_data, tmp_path):
   assert not (tmp_path / "out").exists()
   with pytest.raises(UserError, match=r"query_instructions\.tsv of 5,288 bytes"):
     copy_instructions(str(captions), tmp_path / "out")
+
+
+def test_a_rebuilt_set_replaces_no_other(tmp_path, monkeypatch):
+  from gcl_jax.evaluation.benchmarks import mbeir_build as build
+
+  files = {"a/x": b"one", "b/y": b"two"}
+  build._write_all(tmp_path, files)
+  build._write_all(tmp_path, files)  # the same again
+  with pytest.raises(UserError, match=r"b/y exists and is another"):
+    build._write_all(tmp_path, {"a/z": b"new", "b/y": b"other"})
+  with pytest.raises(UserError, match=r"x exists and is another"):
+    build._write_all(tmp_path, {"a/x": b"other"})
+
+  def fail(*_):
+    raise OSError("no room")
+
+  monkeypatch.setattr(build.os, "replace", fail)
+  with pytest.raises(UserError, match="cannot be written: no room"):
+    build._write_all(tmp_path, {"c": b"new"})
+  left = {
+    p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()
+  }
+  assert left == set(files)
+  official = tmp_path / "query_instructions.tsv"
+  official.write_bytes(b"x" * build.INSTRUCTION_BYTES)
+  (tmp_path / "instructions").mkdir()
+  (tmp_path / INSTRUCTIONS).write_text("mine")
+  with pytest.raises(UserError, match="exists and is another"):
+    build.copy_instructions(str(official), tmp_path)
+  assert (tmp_path / INSTRUCTIONS).read_text() == "mine"
 
 
 def test_results_are_plain_json(root):

@@ -7,7 +7,7 @@ import pytest
 from benchmark_cases import Embedder, evaluated, paint, vector
 
 from gcl_jax.errors import UserError
-from gcl_jax.evaluation.benchmarks import Options, open_benchmark
+from gcl_jax.evaluation.benchmarks import Options, mmeb, open_benchmark, table_of
 from gcl_jax.evaluation.benchmarks.mmeb import KINDS
 
 MARK = "<|image_1|> "
@@ -46,7 +46,8 @@ def opened(root, *tasks, **choices):
   return open_benchmark("mmeb", str(root), Options(tasks=tasks, **choices))
 
 
-def test_all_twelve_and_their_mean(tmp_path):
+def test_all_twelve_and_their_mean(tmp_path, monkeypatch):
+  monkeypatch.setattr(mmeb, "_QUERIES", 5)
   for name in KINDS:
     write_task(tmp_path, name)
   result = evaluated(opened(tmp_path), names=False, embedder=Embedder())
@@ -54,6 +55,14 @@ def test_all_twelve_and_their_mean(tmp_path):
   assert len(rows) == 12
   assert result["summary"]["mean of 12, hit@1"] == pytest.approx(np.mean(rows))
   assert result["protocol"]["mode"] == "multimodal"
+
+
+def test_no_mean_of_fewer_queries(tmp_path):
+  for name in KINDS:
+    write_task(tmp_path, name)
+  result = evaluated(opened(tmp_path))
+  assert set(result["summary"].values()) == {None}
+  assert "VisDial: 5 queries (official: 1,000): of another size" in table_of(result)
 
 
 def test_scores_by_hand(tmp_path):
@@ -74,7 +83,8 @@ def test_scores_by_hand(tmp_path):
   assert (block["queries"], block["candidates"]) == (5, 4)
 
 
-def test_constant_embeddings_win_officially_and_lose_by_ties(tmp_path):
+def test_constant_embeddings_win_officially_and_lose_by_ties(tmp_path, monkeypatch):
+  monkeypatch.setattr(mmeb, "_QUERIES", 5)
   for name in KINDS:
     write_task(tmp_path, name)
   same = Embedder(lambda path: np.ones(8), lambda words: np.ones(8))
