@@ -12,7 +12,6 @@ from gcl_jax.errors import UserError
 from gcl_jax.retrieval.store import Index
 from gcl_jax.retrieval.store_format import MODALITIES
 
-
 MOST_ANSWERS = 10_000  # of one query
 
 

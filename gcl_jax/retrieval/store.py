@@ -15,8 +15,8 @@ from gcl_jax.errors import UserError
 from gcl_jax.retrieval.embedder import Embedder
 from gcl_jax.retrieval.flat import nearest
 from gcl_jax.retrieval.identity import identity
-from gcl_jax.retrieval.neighbours import Neighbours, checked
 from gcl_jax.retrieval.manifest import read_manifest
+from gcl_jax.retrieval.neighbours import Neighbours, checked
 from gcl_jax.retrieval.store_format import (
   MODALITIES,
   checksum,

@@ -13,8 +13,7 @@ import pytest
 from pages_fakes import STRANGE, evaluation, write, write_run
 
 from gcl_jax.errors import UserError
-from gcl_jax.pages import check_page, read_results, report_page, write_page
-from gcl_jax.pages import results
+from gcl_jax.pages import check_page, read_results, report_page, results, write_page
 from gcl_jax.pages.charts import bar_chart, line_chart, scatter_chart, ticks
 
 ROOT = Path(__file__).resolve().parents[2]

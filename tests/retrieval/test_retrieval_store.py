@@ -360,7 +360,7 @@ def test_damaged_manifests(folder, changes, said):
   with pytest.raises(UserError, match=rf"manifest\.json is damaged \({said}\)"):
     read_index(folder)
   path.write_text('{"format": 1}')
-  with pytest.raises(UserError, match="is damaged .dimension is None"):
+  with pytest.raises(UserError, match=r"is damaged .dimension is None"):
     read_index(folder)
 
 
