@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -202,7 +201,7 @@ def test_loopback_however_it_is_written(
 ):
   hosts = []
   monkeypatch.setattr(server, "make_app", lambda _, *, host: hosts.append(host))
-  monkeypatch.setattr(uvicorn, "Config", SimpleNamespace)
+  monkeypatch.setattr(uvicorn, "Config", lambda app, **_: app)
   monkeypatch.setattr(uvicorn, "Server", Idle)
   try:
     server.serve(asks, host=host, port=0)
