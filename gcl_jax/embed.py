@@ -89,6 +89,7 @@ def main() -> None:
   from gcl_jax.processes import barrier, is_first
 
   model = open_model(_FLAGS.checkpoint, _FLAGS.step, batch_size=_FLAGS.batch_size)
+  _check_faiss(model.embedder.model.config.projection_dim)
   writer, stages = _write_shards(model)
   barrier("embedded")
   if is_first():
@@ -163,6 +164,7 @@ def _settings(
     "records": len(source),
     "content": probe(source),
     "shard_size": _FLAGS.shard_size,
+    "batch_size": _FLAGS.batch_size,  # rows differ by about 1e-6 between batch sizes
     "code": __version__,
   }
   return settings, {"checkpoint": _FLAGS.checkpoint, "step": model.step}
@@ -181,6 +183,19 @@ def _finish(writer: IndexWriter, stages: Mapping[str, Stage]) -> None:
   print(_summary(index.manifest, writer.folder, stages if fresh else {}))
   if _FLAGS.faiss:
     _build_faiss(index)
+
+
+def _check_faiss(dimension: int) -> None:
+  """Raises UserError where the approximate index could not be made, hours later."""
+  if _FLAGS.faiss:
+    from gcl_jax.retrieval.approximate import empty
+
+    empty(dimension, _FLAGS.faiss, _FLAGS.faiss_search)
+  elif _FLAGS.faiss_search:
+    raise UserError(
+      f"--faiss_search={_FLAGS.faiss_search} is of an approximate index: name one with "
+      "--faiss."
+    )
 
 
 def _build_faiss(index: Any) -> None:

@@ -30,7 +30,7 @@ def linear_scale(low: float, high: float, start: float, end: float) -> Scale:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
   """About `count` round numbers from `low` to `high`."""
   span = high - low
-  if span <= 0:
+  if span < 1e-11:  # ticks are rounded to twelve digits
     return [low]
   rough = span / count
   unit = 10 ** math.floor(math.log10(rough))

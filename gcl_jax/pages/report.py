@@ -214,7 +214,8 @@ def _curves(results: Sequence[tuple[int, Result]]) -> list[dict]:
       size = max(
         cell["pool"]
         for _, result in results
-        for cell in _first_view(result)[pool]["cells"].values()
+        for view in result.views.values()
+        for cell in view[pool]["cells"].values()
       )
       chance = {
         "name": "chance",

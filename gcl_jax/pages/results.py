@@ -6,8 +6,8 @@ is made of numbers only. What older evaluations lack is None.
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.evaluation import VIEWS, direction_names
 from gcl_jax.evaluation.banks import MODALITIES
 from gcl_jax.pages.page import is_picture
-from gcl_jax.paths import AnyPath, as_path
+from gcl_jax.paths import AnyPath, as_path, is_remote
 
 POOLS = ("local", "global")
 GROUPS = ("same", "other")
@@ -156,6 +156,11 @@ class _Reader:
       raise self.fail()
     return self.value
 
+  def count(self) -> int:
+    if self.number() < 0:
+      raise self.fail()
+    return int(self.value)
+
   def numbers(self) -> list[float]:
     if not isinstance(self.value, list):
       raise self.fail()
@@ -210,6 +215,8 @@ def _view(at: _Reader) -> dict:
 
 def _pool(at: _Reader) -> dict:
   ladder = None if at["ladder"].value is None else at["ladder"].numbers()
+  if ladder and (ladder[0] < 1 or any(b <= a for a, b in itertools.pairwise(ladder))):
+    raise at["ladder"].fail()
   cells = {name: _cell(at["cells"][name], ladder) for name in direction_names()}
   return {"ladder": ladder, "cells": cells, **{g: _mean(at[g], cells) for g in GROUPS}}
 
@@ -218,11 +225,14 @@ def _cell(at: _Reader, ladder: list[float] | None) -> dict:
   found = at["found"].numbers() if ladder and at["found"].value is not None else None
   if found is not None and len(found) != len(ladder):
     raise at["found"].fail()
+  queries, pool = at["queries"].count(), at["pool"].count()
+  if queries and not pool:
+    raise at["pool"].fail()
   return {
     **{f"R@{k}": at[f"R@{k}"].number(none=True) for k in SHOWN_KS},
     "median_rank": at["median_rank"].number(none=True),
-    "queries": int(at["queries"].number()),
-    "pool": int(at["pool"].number()),
+    "queries": queries,
+    "pool": pool,
     "marked": bool(at["marked"].value),
     "found": found,
   }
@@ -230,7 +240,9 @@ def _cell(at: _Reader, ladder: list[float] | None) -> dict:
 
 def _mean(at: _Reader, cells: Mapping[str, dict]) -> dict:
   names = at["cells"].value
-  if not isinstance(names, list) or any(name not in cells for name in names):
+  if not isinstance(names, list) or not all(
+    isinstance(name, str) and name in cells for name in names
+  ):
     raise at["cells"].fail()
   return {
     **{f"R@{k}": at[f"R@{k}"].number(none=True) for k in SHOWN_KS},
@@ -300,13 +312,18 @@ def _shown(at: _Reader) -> dict:
 
 
 def _losses(checkpoint: str, path: AnyPath) -> list[tuple[float, float]] | None:
-  """Steps and losses from the run's folder, or from beside the evaluation."""
+  """Steps and losses from the run's folder, or from beside the evaluation.
+
+  The checkpoint is what a file says, which may be a stranger's: no store is asked for it.
+  """
   for folder in (checkpoint, str(path.parent)):
+    if folder == checkpoint and is_remote(folder):
+      continue
     try:
       file = as_path(folder) / "metrics.jsonl"
       lines = file.read_text().splitlines() if file.is_file() else []
     except (OSError, UserError, ValueError):
-      continue  # a store that cannot be reached, a hub id
+      continue  # a store that cannot be reached, no path
     points = [point for point in map(_loss, lines) if point is not None]
     if points:
       return points
@@ -319,4 +336,4 @@ def _loss(line: str) -> tuple[float, float] | None:
     point = float(values["step"]), float(values["loss"])
   except (ValueError, KeyError, TypeError, OverflowError):
     return None  # a line of an evaluation, or one that a kill cut short
-  return point if all(map(math.isfinite, point)) else None
+  return point if all(abs(x) < _LARGEST for x in point) else None  # no NaN either

@@ -6,9 +6,13 @@ their picture as bytes; no request names a file, and none writes one.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from gcl_jax.errors import UserError
 from gcl_jax.pages.search import MOST, SIDE, query_page, results_part
@@ -20,7 +24,7 @@ MOST_BYTES = 10_000_000  # of an uploaded picture
 MOST_PIXELS = 40_000_000
 MOST_LETTERS = 2_000  # of a query's text
 AT_ONCE = 32  # requests in flight; more are answered with 503
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+DECODED_AT_ONCE = 2  # pictures of the index: each may need MOST_PIXELS in memory
 _HEADERS = {
   "cache-control": "no-store",
   "content-security-policy": "frame-ancestors 'none'",
@@ -35,8 +39,9 @@ def make_app(searcher: Searcher, *, host: str = "127.0.0.1") -> Any:
 
   Args:
     searcher: what it asks; one query at a time.
-    host: where it is bound. On a loopback address other names than the machine's own
-      are refused, so that no page elsewhere can reach it through a name of its own.
+    host: the address that it is bound to. On a loopback address other names than the
+      machine's own are refused, so that no page elsewhere can reach it through a name
+      of its own.
 
   Raises:
     UserError: Starlette is not installed.
@@ -54,6 +59,7 @@ def make_app(searcher: Searcher, *, host: str = "127.0.0.1") -> Any:
 
   page = query_page(searcher, most_bytes=MOST_BYTES, most_pixels=MOST_PIXELS)
   one_at_a_time = threading.Lock()
+  few_at_a_time = threading.BoundedSemaphore(DECODED_AT_ONCE)
 
   def refused(message: str, status: int = 400) -> Response:
     return PlainTextResponse(message, status, _HEADERS)
@@ -62,6 +68,8 @@ def make_app(searcher: Searcher, *, host: str = "127.0.0.1") -> Any:
     return HTMLResponse(page, headers=_HEADERS)
 
   async def search(request: Request) -> Response:
+    if _is_foreign(request.headers):
+      return refused("queries come from this page alone.", 403)
     data = bytearray()
     async for chunk in request.stream():
       data += chunk
@@ -80,27 +88,27 @@ def make_app(searcher: Searcher, *, host: str = "127.0.0.1") -> Any:
     return HTMLResponse(results_part(hits), headers=_HEADERS)
 
   def picture(request: Request) -> Response:
-    row = request.path_params["row"]
-    if row >= len(searcher.index):
+    row = _number(request.path_params["row"], below=len(searcher.index))
+    if row is None:
       return refused("the index has no such row.", 404)
     with one_at_a_time:
       source = searcher.index.picture(row)
     if source is None:
       return refused("this row has no picture.", 404)
     try:
-      jpeg = thumbnail(source, side=SIDE)
+      with few_at_a_time:
+        jpeg = thumbnail(source, side=SIDE, max_pixels=MOST_PIXELS)
     except ImageError:
       return refused("the picture of this row cannot be read.", 404)
     return Response(jpeg, media_type="image/jpeg", headers=_HEADERS)
 
-  names = [*_LOOPBACK, "[::1]"] if host in _LOOPBACK else ["*"]
   return Starlette(
     routes=[
       Route("/", home),
       Route("/search", search, methods=["POST"]),
-      Route("/picture/{row:int}", picture),
+      Route("/picture/{row}", picture),
     ],
-    middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names)],
+    middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_names(host))],
   )
 
 
@@ -118,11 +126,19 @@ def serve(searcher: Searcher, *, host: str, port: int) -> None:
     import uvicorn
   except ImportError as error:
     raise _not_installed() from error
-  app = make_app(searcher, host=host)
   with bound(host, port) as listening:
+    address, port = listening.getsockname()[:2]
+    app = make_app(searcher, host=address)
+    if not is_loopback(address):
+      print(
+        f"warning: --host={host} is open to others: whoever reaches this machine there"
+        " can ask, and see what the index holds.",
+        file=sys.stderr,
+        flush=True,
+      )
     searcher.warm_up()
-    name = f"[{host}]" if ":" in host else host
-    print(f"ready: http://{name}:{listening.getsockname()[1]}", flush=True)
+    name = f"[{address}]" if ":" in address else address
+    print(f"ready: http://{name}:{port}", flush=True)
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=AT_ONCE)
     uvicorn.Server(config).run(sockets=[listening])
 
@@ -151,6 +167,44 @@ def bound(host: str, port: int) -> socket.socket:
       " --port, or 0 for any that is free."
     ) from None
   return listening
+
+
+def is_loopback(address: str) -> bool:
+  """Whether only this machine reaches it. `address` as a bound socket gives it."""
+  ip = ipaddress.ip_address(address)
+  # Through IPv6 an address of IPv4 may be bound; not every Python looks into it.
+  return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _names(address: str) -> list[str]:
+  """The names in a Host header that are answered; "*" is any."""
+  if not is_loopback(address):
+    return ["*"]
+  addresses = ("127.0.0.1", "::1", address)
+  return ["localhost", *addresses, *(f"[{a}]" for a in addresses if ":" in a)]
+
+
+def _is_foreign(headers: Mapping[str, str]) -> bool:
+  """Whether a browser sends this for a page of another origin.
+
+  What browsers say of the site counts before `Origin`: a proxy may change the host that
+  the latter is compared with. Programs send neither.
+  """
+  site = headers.get("sec-fetch-site")
+  if site is not None:
+    return site not in ("same-origin", "none")
+  origin = headers.get("origin")
+  try:
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+  except ValueError:
+    return True
+
+
+def _number(text: str, *, below: int) -> int | None:
+  """What a row's name stands for; None where there is no such row."""
+  if not (text.isascii() and text.isdigit() and len(text) < 19):
+    return None
+  return int(text) if int(text) < below else None
 
 
 def _checked(asked: dict[str, str]) -> tuple[str, int, str | None]:

@@ -8,22 +8,25 @@ import os
 
 from PIL import Image
 
-from gcl_jax.processing.decode import decode_image
+from gcl_jax.processing.decode import MAX_PIXELS, decode_image
 
 SIDE = 128  # pixels of the longer side
 _QUALITY = 75
 
 
 def thumbnail(
-  source: bytes | str | os.PathLike | Image.Image, *, side: int = SIDE
+  source: bytes | str | os.PathLike | Image.Image,
+  *,
+  side: int = SIDE,
+  max_pixels: int = MAX_PIXELS,
 ) -> bytes:
   """The picture as a JPEG whose longer side is at most `side` pixels.
 
   Nothing but the pixels is kept of it: no EXIF, no name. A small picture stays small.
 
-  Raises ImageError as `decode_image`.
+  Raises ImageError as `decode_image`, for more than `max_pixels` too.
   """
-  image = decode_image(source).copy()
+  image = decode_image(source, max_pixels=max_pixels).copy()
   image.info = {}  # a comment would travel with it
   image.thumbnail((side, side), Image.Resampling.LANCZOS)
   out = io.BytesIO()

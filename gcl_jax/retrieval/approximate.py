@@ -19,7 +19,7 @@ import numpy as np
 from gcl_jax.errors import UserError
 from gcl_jax.paths import write_whole
 from gcl_jax.retrieval.flat import import_faiss
-from gcl_jax.retrieval.neighbours import Neighbours, best_of, nobody, without
+from gcl_jax.retrieval.neighbours import Neighbours, best_of, padded, without
 from gcl_jax.retrieval.store import Index
 from gcl_jax.retrieval.store_format import FAISS_FILE, MANIFEST, checksum, to_json
 
@@ -53,19 +53,12 @@ def build(
   faiss = import_faiss()
   began = time.monotonic()
   rng = np.random.default_rng(seed)
-  with _explained(f"--faiss={factory}"):
-    made = faiss.index_factory(
-      index.vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT
-    )
-    cells = _cells(faiss, made)
-    search = search or (f"nprobe={-(-cells // _CELLS_SEARCHED)}" if cells else "")
-    if not made.is_trained:
-      count = min(len(index), max(_TRAINED_ON, _PER_CELL * cells))
-      chosen = np.sort(rng.choice(len(index), count, replace=False))
+  made, search = empty(index.vectors.shape[1], factory, search)
+  if not made.is_trained:
+    count = min(len(index), max(_TRAINED_ON, _PER_CELL * _cells(faiss, made)))
+    chosen = np.sort(rng.choice(len(index), count, replace=False))
+    with _explained(f"--faiss={factory}"):
       made.train(_rows(index, chosen))
-  if search:
-    with _explained(f"--faiss_search={search}"):
-      faiss.ParameterSpace().set_index_parameters(made, search)
   for first in range(0, len(index), _BLOCK):
     made.add(_rows(index, slice(first, first + _BLOCK)))
   path = index.folder / FAISS_FILE
@@ -83,6 +76,30 @@ def build(
   write_whole(index.folder / MANIFEST, to_json(manifest))
   index.manifest = manifest
   return {**about, "seconds": time.monotonic() - began}
+
+
+def empty(dimension: int, factory: str, search: str = "") -> tuple[Any, str]:
+  """An index of FAISS with nothing in it, and the parameters of its search.
+
+  It costs next to nothing: what a user wrote is checked by it before a corpus is
+  embedded.
+
+  Args:
+    dimension: of the vectors. factory, search: of `build`.
+
+  Raises:
+    UserError: FAISS is not installed, cannot make it of that string, or does not know a
+      parameter.
+  """
+  faiss = import_faiss()
+  with _explained(f"--faiss={factory}"):
+    made = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+  cells = _cells(faiss, made)
+  search = search or (f"nprobe={-(-cells // _CELLS_SEARCHED)}" if cells else "")
+  if search:
+    with _explained(f"--faiss_search={search}"):
+      faiss.ParameterSpace().set_index_parameters(made, search)
+  return made, search
 
 
 def open_faiss(index: Index) -> Any:
@@ -128,11 +145,7 @@ def search(
     if allowed is None or enough or fetch == len(index):
       break
     fetch = min(4 * fetch, len(index))
-  found = without(_scored(index, queries, rows), excluded, k)
-  missing = nobody(len(queries), k - found.rows.shape[1])
-  return Neighbours(
-    *(np.concatenate(pair, axis=1) for pair in zip(found, missing, strict=True))
-  )
+  return padded(without(_scored(index, queries, rows), excluded, k), k)
 
 
 def _scored(index: Index, queries: np.ndarray, rows: np.ndarray) -> Neighbours:

@@ -24,6 +24,7 @@ from gcl_jax.retrieval.neighbours import (
   check_finite,
   checked,
   nobody,
+  padded,
   without,
 )
 from gcl_jax.sharding import make_mesh, put, replicated
@@ -78,11 +79,7 @@ def top_k(
   chunk = min(_CHUNK, 1 << (len(queries) - 1).bit_length())
   search = _Search(mesh, fetch, chunk, _rows_of_a_device(mesh, candidates, block_size))
   found = search(queries, candidates, allowed)
-  answer = without(found, excluded, k)
-  missing = nobody(len(queries), k - answer.rows.shape[1])
-  return Neighbours(
-    *(np.concatenate(pair, axis=1) for pair in zip(answer, missing, strict=True))
-  )
+  return padded(without(found, excluded, k), k)
 
 
 def _rows_of_a_device(mesh: Mesh, candidates: Vectors, block_size: int | None) -> int:

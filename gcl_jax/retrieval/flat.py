@@ -17,6 +17,7 @@ from gcl_jax.retrieval.neighbours import (
   check_finite,
   checked,
   nobody,
+  padded,
   without,
 )
 
@@ -76,7 +77,7 @@ def nearest(
     )
   faiss = import_faiss()
   queries, excluded, allowed = checked(queries, candidates, k, excluded, allowed)
-  fetch = k + (0 if excluded is None else excluded.shape[1])
+  fetch = min(k + (0 if excluded is None else excluded.shape[1]), len(candidates))
   best = nobody(len(queries), fetch)
   in_place = isinstance(candidates, np.ndarray) and candidates.dtype == np.float32
   size = block_size or (_VIEWED if in_place and allowed is None else _COPIED)
@@ -96,7 +97,7 @@ def nearest(
       )
       both = zip(best, found, strict=True)
       best = best_of(Neighbours(*(np.concatenate(x, axis=1) for x in both)), fetch)
-  return without(best, excluded, k)
+  return padded(without(best, excluded, k), k)
 
 
 def import_faiss():

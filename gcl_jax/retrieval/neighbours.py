@@ -45,6 +45,14 @@ def best_of(found: Neighbours, k: int) -> Neighbours:
   return Neighbours(*(np.take_along_axis(part, order, axis=1) for part in found))
 
 
+def padded(found: Neighbours, k: int) -> Neighbours:
+  """As wide as k, with nobody behind those that there are."""
+  missing = nobody(len(found.rows), k - found.rows.shape[1])
+  return Neighbours(
+    *(np.concatenate(pair, axis=1) for pair in zip(found, missing, strict=True))
+  )
+
+
 def without(found: Neighbours, excluded: np.ndarray | None, k: int) -> Neighbours:
   """Takes every query's excluded rows out of its sorted list, and cuts it at k.
 

@@ -12,6 +12,8 @@ from gcl_jax.errors import UserError
 from gcl_jax.retrieval.store import Index
 from gcl_jax.retrieval.store_format import MODALITIES
 
+MOST_ANSWERS = 10_000  # of one query
+
 
 class Hit(NamedTuple):
   """One answer; `rank` counts from 1, `row` is its place in the index."""
@@ -62,7 +64,7 @@ class Searcher:
       modality: finds only documents of it.
 
     Raises:
-      UserError: an empty query, k below 1, no documents of that modality.
+      UserError: an empty query, k below 1 or above 10,000, no documents of that modality.
     """
     text = text.strip()
     if not text and image is None:
@@ -94,9 +96,11 @@ class Searcher:
 
 
 def check_query(index: Index, k: int, modality: str | None) -> None:
-  """Raises UserError where k is below 1 or the index holds nothing of that modality."""
+  """Raises UserError for a k out of range, or a modality that the index lacks."""
   if k < 1:
     raise UserError(f"k={k}: ask for at least one answer.")
+  if k > MOST_ANSWERS:
+    raise UserError(f"k={k}: ask for no more than {MOST_ANSWERS:,} answers.")
   if modality is not None and modality not in _modalities(index):
     raise UserError(
       f"the index holds no {modality} documents: it holds"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,10 @@ from gcl_jax.errors import UserError
 from gcl_jax.retrieval.embedder import Embedder
 from gcl_jax.retrieval.flat import nearest
 from gcl_jax.retrieval.identity import identity
+from gcl_jax.retrieval.manifest import read_manifest
 from gcl_jax.retrieval.neighbours import Neighbours, checked
 from gcl_jax.retrieval.store_format import (
-  FORMAT,
-  MANIFEST,
   MODALITIES,
-  SETTINGS,
   checksum,
   documents_name,
   vectors_name,
@@ -40,7 +37,7 @@ def read_index(folder: str | os.PathLike, *, verify: bool = True) -> Index:
     UserError: no index is there, it is not whole, a shard is missing or damaged.
   """
   folder = Path(folder)
-  manifest = _read_manifest(folder)
+  manifest = read_manifest(folder)
   for number, shard in enumerate(manifest["shards"]):
     for part, name in (
       ("vectors", vectors_name(number)),
@@ -246,34 +243,6 @@ class Index:
   def _column(self, name: str) -> list[str]:
     shards = range(len(self.vectors.shards))
     return [value for k in shards for value in self._table(k)[name].to_pylist()]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-  path = folder / MANIFEST
-  if not path.is_file():
-    if (folder / SETTINGS).is_file():
-      raise UserError(
-        f"the index {folder} is not whole: run the command that started it again; it "
-        "goes on where it was."
-      )
-    raise UserError(
-      f"{folder} holds no index (no {MANIFEST}): make one with python -m gcl_jax.embed "
-      f"--output={folder}."
-    )
-  try:
-    manifest = json.loads(path.read_text())
-    version = manifest["format"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f"{path} cannot be read ({type(error).__name__}: {error}): restore it from a copy, "
-      "or delete it and run embed again."
-    ) from error
-  if version != FORMAT:
-    raise UserError(
-      f"{path} is of format {version!r}, this version reads {FORMAT}: use the version of "
-      "gcl_jax that wrote it."
-    )
-  return manifest
 
 
 def _open_vectors(folder: Path, shard: int, manifest: Mapping[str, Any]) -> np.ndarray:

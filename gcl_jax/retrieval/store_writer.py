@@ -135,26 +135,15 @@ class IndexWriter:
     """Writes the manifest if all shards are there; returns it, or None."""
     if self.missing():
       return None
-    import pyarrow.parquet as pq
-
     shards, bad, counts, bad_count = [], [], Counter(), 0
     for k in range(self.shards):
-      path = self.folder / documents_name(k)
-      table = pq.read_table(path, columns=["modality"])
-      about = json.loads(table.schema.metadata[SHARD_KEY])
-      counts.update(table["modality"].to_pylist())
-      entries = about.pop("bad")
+      about, modalities, entries = self._read_shard(k)
+      counts.update(modalities)
       bad_count += len(entries)
       bad += entries[: max(_LISTED - len(bad), 0)]
-      shards.append(
-        about
-        | {
-          "documents_bytes": path.stat().st_size,
-          "documents_sha256": checksum(path),
-        }
-      )
+      shards.append(about)
     if not sum(counts.values()):
-      reason = f": {bad[0][0]}: {bad[0][1]}" if bad else ""
+      reason = f": {bad[0].id}: {bad[0].reason}" if bad else ""
       raise UserError(
         f"nothing was embedded, all {bad_count:,} records are bad{reason}. Mend them, "
         f"delete {self.folder}, and run the command again."
@@ -165,7 +154,7 @@ class IndexWriter:
       "rows": sum(shard["rows"] for shard in shards),
       "modalities": {name: counts[name] for name in MODALITIES},
       "bad_count": bad_count,
-      "bad": [dict(zip(Bad._fields, entry, strict=True)) for entry in bad],
+      "bad": [entry._asdict() for entry in bad],
       "shards": shards,
     }
     for left in self.folder.glob("*.part"):  # by processes that were killed
@@ -174,12 +163,40 @@ class IndexWriter:
       write_whole(self.folder / MANIFEST, to_json(manifest))
     return manifest
 
+  def _read_shard(self, shard: int) -> tuple[dict[str, Any], list[str], list[Bad]]:
+    """What the manifest says of a written shard, its rows' modalities, what is bad.
+
+    Raises:
+      UserError: its documents cannot be read, its vectors are not those it was
+        written with.
+    """
+    import pyarrow.parquet as pq
+
+    path = self.folder / documents_name(shard)
+    try:
+      table = pq.read_table(path, columns=["modality"])
+      about = json.loads(table.schema.metadata[SHARD_KEY])
+      bad = [Bad(*entry) for entry in about.pop("bad")]
+      size, digest = about["vectors_bytes"], about["vectors_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's are these
+      raise _torn(
+        path, str(error).partition("\n")[0] or type(error).__name__
+      ) from error
+    vectors = self.folder / vectors_name(shard)
+    if vectors.stat().st_size != size:
+      raise _torn(vectors, f"{vectors.stat().st_size} bytes, {size} were written")
+    if checksum(vectors) != digest:
+      raise _torn(vectors, "its checksum is another")
+    about["documents_bytes"] = path.stat().st_size
+    about["documents_sha256"] = checksum(path)
+    return about, table["modality"].to_pylist(), bad
+
   def _start(self) -> None:
     folder, path = self.folder, self.folder / SETTINGS
     if folder.exists() and not folder.is_dir():
       raise UserError(f"--output={folder} is a file: name a folder.")
     if path.is_file():
-      _check_same(folder, json.loads(path.read_text()), self.settings)
+      _check_same(folder, _read_settings(path), self.settings)
       return
     if folder.is_dir() and any(p.name != f"{SETTINGS}.part" for p in folder.iterdir()):
       raise UserError(
@@ -189,6 +206,26 @@ class IndexWriter:
     with _room(folder):
       folder.mkdir(parents=True, exist_ok=True)
       write_whole(path, to_json(self.settings))
+
+
+def _torn(path: Path, why: str) -> UserError:
+  return UserError(
+    f"{path} is damaged ({why}): delete it and run the same command again; its shard is "
+    "embedded anew."
+  )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+  try:
+    settings = json.loads(path.read_text())
+    if isinstance(settings, dict):
+      return settings
+    why = "no settings in it"
+  except (OSError, ValueError, RecursionError) as error:
+    why = str(error)
+  raise UserError(
+    f"{path} cannot be read ({why}): restore it from a copy, or name another folder."
+  )
 
 
 def _check_same(folder: Path, then: Mapping, now: Mapping) -> None:

@@ -5,9 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from gcl_jax import embed
+from gcl_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,6 +109,40 @@ def test_two_processes_share_the_work(made, tiny_run):
 
 
 @pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    ({"faiss": "HNWS32"}, "--faiss=HNWS32: FAISS refuses"),
+    (
+      {"faiss": "IVF4,Flat", "faiss_search": "nprob=3"},
+      "--faiss_search=nprob=3: FAISS",
+    ),
+    ({"faiss_search": "nprobe=3"}, "--faiss_search=nprobe=3 is of an approximate"),
+  ],
+)
+def test_faiss_is_checked_before_anything_is_embedded(monkeypatch, flags, said):
+  given = {
+    "checkpoint": "run", "step": "latest", "output": "x", "modality": "both",
+    "shard_size": 8, "batch_size": 8, "faiss": "", "faiss_search": "",
+    "distributed": False, "coordinator": "", "processes": 0, "process_id": -1,
+  }  # fmt: skip
+  model = SimpleNamespace(config=SimpleNamespace(projection_dim=16))
+  opened = SimpleNamespace(embedder=SimpleNamespace(model=model))
+  monkeypatch.setattr(embed, "_FLAGS", SimpleNamespace(**{**given, **flags}))
+  monkeypatch.setattr(embed, "open_model", lambda *_, **__: opened)
+  monkeypatch.setattr(embed, "_write_shards", lambda *_: pytest.fail("embedded"))
+  with pytest.raises(UserError, match=said):
+    embed.main()
+
+
+def test_without_faiss(monkeypatch):
+  monkeypatch.setitem(sys.modules, "faiss", None)
+  flags = SimpleNamespace(faiss="Flat", faiss_search="")
+  monkeypatch.setattr(embed, "_FLAGS", flags)
+  with pytest.raises(UserError, match="FAISS, which is not installed"):
+    embed._check_faiss(16)
+
+
+@pytest.mark.parametrize(
   ("arguments", "message"),
   [
     (("--output=x", "--modality=video"), "--modality=video is none of both"),
@@ -121,6 +159,7 @@ def test_flags(arguments, message):
 def test_another_index_is_not_gone_on_with(made, tiny_run):
   folder, _ = made
   common = (f"--checkpoint={tiny_run}", f"--output={folder}", "--shard_size=400")
-  code, output = run(*common, "--dtype=float16", "--modality=text")
+  code, output = run(*common, "--dtype=float16", "--modality=text", "--batch_size=32")
   assert code == 2 and "Traceback" not in output
+  assert "batch_size: 64 then, 32 now; " in output
   assert "dtype: 'float32' then, 'float16' now; modality: 'both' then" in output

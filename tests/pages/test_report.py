@@ -13,7 +13,7 @@ import pytest
 from pages_fakes import STRANGE, evaluation, write, write_run
 
 from gcl_jax.errors import UserError
-from gcl_jax.pages import check_page, read_results, report_page, write_page
+from gcl_jax.pages import check_page, read_results, report_page, results, write_page
 from gcl_jax.pages.charts import bar_chart, line_chart, scatter_chart, ticks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,6 +253,23 @@ def test_losses_of_the_run_and_of_the_folder_of_the_evaluation(tmp_path, even):
   assert read_results([write(tmp_path / "no.json", even)])[0].losses is None
 
 
+def test_losses_that_no_chart_can_show_are_dropped(tmp_path, even):
+  losses = [(1, 5.0), (2, 1e308), (3, -1e308), (1e300, 2.0), (4, 5.0 + 1e-15)]
+  run = write_run(tmp_path / "run", losses)
+  file = write(tmp_path / "a.json", {**even, "checkpoint": run})
+  assert read_results([file])[0].losses == [losses[0], losses[4]]
+  assert "<svg" in section(report_page(read_results([file])), "losses")
+
+
+def test_no_store_is_asked_for_what_a_file_names(tmp_path, even, monkeypatch):
+  asked = []
+  monkeypatch.setattr(results, "as_path", lambda text: asked.append(text) or Path(text))
+  for scheme in ("s3", "gs", "memory"):
+    file = write(tmp_path / "a.json", {**even, "checkpoint": f"{scheme}://bucket/run"})
+    assert read_results([file])[0].losses is None
+  assert set(asked) == {file, str(tmp_path)}
+
+
 def test_examples_of_two_models_stand_together(tmp_path, even, apart):
   html = section(page_of(tmp_path, even=even, apart=apart), "examples")
   assert html.count("<article") == 2
@@ -287,6 +304,12 @@ def damage(result, path, value):
     (("plain", "global", "cells", "t->t", "found"), [1], "t->t.found is [1]"),
     (("plain", "global", "ladder"), "x", "plain.global.ladder is 'x'"),
     (("plain", "global", "same", "cells"), ["x"], "plain.global.same.cells is ['x']"),
+    (("plain", "global", "same", "cells"), [[1]], "plain.global.same.cells is [[1]]"),
+    (("plain", "global", "ladder", 0), 0, "plain.global.ladder is [0,"),
+    (("plain", "local", "ladder", 0), -1, "plain.local.ladder is [-1,"),
+    (("plain", "global", "ladder", 1), 1, "plain.global.ladder is [1, 1,"),
+    (("plain", "global", "cells", "i->t", "pool"), 0, "i->t.pool is 0"),
+    (("plain", "global", "cells", "i->t", "queries"), -1, "i->t.queries is -1"),
     (("plain", "own_share", "mean"), {}, "plain.own_share.mean is {}"),
     (("plain", "sketch", "text", "x"), [1], "plain.sketch.text is"),
     (("examples",), 7, "examples is 7"),
@@ -372,6 +395,7 @@ def test_ticks_are_round_and_inside():
   assert ticks(0, 100, 4) == [0, 20, 40, 60, 80, 100]
   assert ticks(1.19, 8.2, 4) == [2, 4, 6, 8]
   assert ticks(3, 3) == [3]
+  assert ticks(0, 5e-324) == [0]
   assert ticks(0, 0.03, 3) == [0, 0.01, 0.02, 0.03]
 
 

@@ -46,6 +46,7 @@ def test_queries_that_are_none(asks, tmp_path):
     ({}, "ask with a text, a picture, or both"),
     ({"text": " \n"}, "ask with a text, a picture, or both"),
     ({"text": "thing 1", "k": 0}, "k=0: ask for at least one answer"),
+    ({"text": "thing 1", "k": 10_001}, "k=10001: ask for no more than 10,000 answers"),
   ):
     with pytest.raises(UserError, match=said):
       asks.ask(**arguments)

@@ -2,8 +2,12 @@
 
 import io
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvicorn
 from PIL import Image
 from search_fakes import picture, searcher
 from starlette.testclient import TestClient
@@ -13,8 +17,13 @@ from gcl_jax.pages import server
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
-  return server.make_app(searcher(tmp_path_factory.mktemp("served") / "index"))
+def asks(tmp_path_factory):
+  return searcher(tmp_path_factory.mktemp("served") / "index")
+
+
+@pytest.fixture(scope="module")
+def app(asks):
+  return server.make_app(asks)
 
 
 @pytest.fixture
@@ -106,6 +115,9 @@ def test_pictures_by_row_alone(client):
   assert client.get("/picture/12").text == "the index has no such row."
   for path in ("/picture/-1", "/picture/1.png", "/picture//etc/passwd", "/picture/"):
     assert client.get(path).status_code == 404
+  for row in ("9" * 18, "9" * 5000, "²", "+3", "1_0"):
+    answer = client.get(f"/picture/{row}")
+    assert (answer.status_code, answer.text) == (404, "the index has no such row.")
   assert client.get("/picture/..%2f..%2fetc%2fpasswd").status_code == 404
   assert client.get("/static/style.css").status_code == 404
   assert client.get("/search").status_code == 405
@@ -120,6 +132,96 @@ def test_pictures_that_are_gone(tmp_path):
     404,
     "the picture of this row cannot be read.",
   )
+
+
+def test_pictures_are_decoded_few_at_a_time(client, monkeypatch):
+  counted, now, most = threading.Lock(), [0], [0]
+
+  def slow(source, **_):
+    with counted:
+      now[0] += 1
+      most[0] = max(most[0], now[0])
+    time.sleep(0.05)
+    with counted:
+      now[0] -= 1
+    return b""
+
+  monkeypatch.setattr(server, "thumbnail", slow)
+  with ThreadPoolExecutor(6) as pool:
+    answers = list(pool.map(client.get, ["/picture/3"] * 12))
+  assert [answer.status_code for answer in answers] == [200] * 12
+  assert most[0] == server.DECODED_AT_ONCE
+
+
+def test_pictures_of_the_index_are_no_larger_than_uploads(client, monkeypatch):
+  monkeypatch.setattr(server, "MOST_PIXELS", 40 * 30 - 1)
+  assert client.get("/picture/3").text == "the picture of this row cannot be read."
+
+
+@pytest.mark.parametrize(
+  ("headers", "status"),
+  [
+    ({}, 200),
+    ({"origin": "http://localhost"}, 200),
+    ({"sec-fetch-site": "same-origin", "origin": "https://proxy.example"}, 200),
+    ({"origin": "http://evil.example"}, 403),
+    ({"origin": "http://localhost:3000"}, 403),
+    ({"origin": "null"}, 403),
+    ({"origin": "http://[a"}, 403),
+    ({"sec-fetch-site": "cross-site"}, 403),
+    ({"sec-fetch-site": "same-site", "origin": "http://localhost"}, 403),
+  ],
+)
+def test_queries_of_other_sites_are_refused(client, headers, status):
+  answer = client.post("/search", params={"text": "thing 1"}, headers=headers)
+  assert answer.status_code == status
+
+
+class Idle:
+  """A server that has nothing to do."""
+
+  def __init__(self, config):
+    del config
+
+  def run(self, sockets):
+    assert len(sockets) == 1
+
+
+@pytest.mark.parametrize(
+  ("host", "address", "is_open"),
+  [
+    ("127.0.0.2", "127.0.0.2", False),
+    ("127.1", "127.0.0.1", False),
+    ("0:0:0:0:0:0:0:1", "::1", False),
+    ("0.0.0.0", "0.0.0.0", True),
+  ],
+)
+def test_loopback_however_it_is_written(
+  asks, monkeypatch, capsys, host, address, is_open
+):
+  hosts = []
+  monkeypatch.setattr(server, "make_app", lambda _, *, host: hosts.append(host))
+  monkeypatch.setattr(uvicorn, "Config", lambda app, **_: app)
+  monkeypatch.setattr(uvicorn, "Server", Idle)
+  try:
+    server.serve(asks, host=host, port=0)
+  except UserError:
+    if ":" not in host:
+      raise
+    return  # no IPv6 here
+  assert hosts == [address]
+  assert ("is open to others" in capsys.readouterr().err) == is_open
+
+
+@pytest.mark.parametrize(
+  ("address", "name"),
+  [("127.0.0.2", "127.0.0.2"), ("::1", "[::1]"), ("::ffff:127.0.0.1", "LOCALHOST")],
+)
+def test_names_on_every_loopback_address(asks, address, name):
+  app = server.make_app(asks, host=address)
+  assert TestClient(app, base_url=f"http://{name}:7860").get("/").status_code == 200
+  evil = TestClient(app, base_url="http://evil.example:7860")
+  assert evil.get("/").status_code == 400
 
 
 def test_only_this_machine_by_its_own_names(app, tmp_path):

@@ -56,6 +56,22 @@ def test_a_cut_through_many_equal_groups():
   assert found.rows.tolist() == [[990, 0, 1, 2, 3, 4]] * 2
 
 
+def test_no_more_is_looked_for_than_there_is(monkeypatch):
+  """A large k costs the width of the answer, not of every block's."""
+  fetched = []
+  best_of = flat.best_of
+  monkeypatch.setattr(
+    flat, "best_of", lambda found, k: fetched.append(k) or best_of(found, k)
+  )
+  queries, candidates = np.ones((1, 4)), np.eye(5, 4, dtype=np.float32)
+  for engine in ("faiss", "jax"):
+    found = nearest(queries, candidates, 1000, engine=engine, excluded=np.array([[3]]))
+    assert found.rows.shape == found.scores.shape == (1, 1000)
+    assert found.rows[0, :4].tolist() == [0, 1, 2, 4]
+    assert (found.rows[0, 4:] == -1).all() and np.isneginf(found.scores[0, 4:]).all()
+  assert fetched == [5]
+
+
 @pytest.mark.parametrize("n", [32, 256])
 def test_zero_and_minus_zero_are_one_score(n):
   """To `lax.top_k` they are not."""

@@ -310,6 +310,60 @@ def test_a_damaged_shard_is_written_again(folder):
   assert contents(folder) == wanted
 
 
+@pytest.mark.parametrize(
+  ("part", "harm", "said"),
+  [
+    ("documents-00001.parquet", shorten, "is damaged .*: delete it and run"),
+    ("vectors-00001.npy", shorten, "is damaged .* were written"),
+    ("vectors-00001.npy", flip, "is damaged .its checksum is another.: delete it"),
+  ],
+)
+def test_damage_between_two_calls_is_told_and_mended(folder, part, harm, said):
+  wanted = contents(folder)
+  (folder / "manifest.json").unlink()
+  harm(folder / part)
+  about = {"checkpoint": "runs/a"}
+  with pytest.raises(UserError, match=f"{part} {said}"):
+    IndexWriter(folder, SETTINGS, SHARDS, about=about).finish()
+  assert not (folder / "manifest.json").exists()
+  (folder / part).unlink()  # as the message says
+  writer = IndexWriter(folder, SETTINGS, SHARDS, about=about)
+  writer.write(1, *shard(1))
+  writer.finish()
+  assert contents(folder) == wanted
+
+
+@pytest.mark.parametrize("text", ['{"format', "[]"])
+def test_settings_that_cannot_be_read(folder, text):
+  (folder / "settings.json").write_text(text)
+  with pytest.raises(UserError, match=r"settings\.json cannot be read"):
+    IndexWriter(folder, SETTINGS, SHARDS)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"shards": 5}, "shards is 5"),
+    ({"shards": [5]}, r"shards\[0\] is 5"),
+    ({"shards": [{"rows": -1}]}, r"shards\[0\]\.rows is -1"),
+    ({"dimension": "8"}, "dimension is '8'"),
+    ({"dtype": "int8"}, "dtype is 'int8'"),
+    ({"modalities": {"image": None}}, r"modalities\.image is None"),
+    ({"bad": [[1, 2]]}, r"bad\[0\] is \[1, 2\]"),
+    ({"checkpoint": 3}, "checkpoint is 3"),
+    ({"faiss": {}}, r"faiss\.factory is None"),
+  ],
+)
+def test_damaged_manifests(folder, changes, said):
+  path = folder / "manifest.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+  with pytest.raises(UserError, match=rf"manifest\.json is damaged \({said}\)"):
+    read_index(folder)
+  path.write_text('{"format": 1}')
+  with pytest.raises(UserError, match=r"is damaged .dimension is None"):
+    read_index(folder)
+
+
 def test_manifests_that_cannot_be_read(folder, tmp_path):
   with pytest.raises(UserError, match=r"holds no index .*gcl_jax\.embed"):
     read_index(tmp_path)
