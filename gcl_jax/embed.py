@@ -83,6 +83,8 @@ def main() -> None:
   if not _FLAGS.output:
     raise UserError("name the folder to write: --output=<a new folder>")
   check_mode(_FLAGS.modality)
+  if _FLAGS.batch_size < 1:
+    raise UserError(f"--batch_size={_FLAGS.batch_size}: at least one document.")
   if _FLAGS.shard_size < 1:
     raise UserError(f"--shard_size={_FLAGS.shard_size}: at least one record a shard.")
   _join()

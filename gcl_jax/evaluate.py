@@ -74,14 +74,40 @@ def _define_benchmark_flags() -> None:
   )
 
 
+_OF_PAIRS = ("data", "data_option", "split", "center", "items", "examples")
+_OF_BENCHMARKS = ("root", "images", "tasks", "pool", "instructions", "prompt_seed")
+_OF_BENCHMARKS += ("mode", "targets", "fusion", "stored", "export_run")
+
+
 def main() -> None:
   """Flags in, one evaluation, a table and a JSON file."""
+  _check_flags()
   output = as_path(_FLAGS.output) if _FLAGS.output else None
   check_output(output)
   if _FLAGS.benchmark:
     _evaluate_benchmark(output)
   else:
     _evaluate_pairs(output)
+
+
+def _check_flags() -> None:
+  """Refuses what would be ignored: numbers of other data than was meant.
+
+  Raises:
+    UserError: a flag of the other kind of evaluation, or a batch of nothing.
+  """
+  if _FLAGS.batch_size < 1:
+    raise UserError(f"--batch_size={_FLAGS.batch_size}: at least one document.")
+  benchmark = _FLAGS.benchmark
+  unused = _OF_PAIRS if benchmark else _OF_BENCHMARKS
+  for name in unused:
+    if _FLAGS[name].present:
+      raise UserError(
+        f"--{name} does nothing with --benchmark={benchmark}: leave it out."
+        if benchmark
+        else f"--{name} does nothing without --benchmark: name one (mbeir, cirr, ...), or "
+        "leave it out to evaluate on pairs."
+      )
 
 
 def _evaluate_pairs(output: AnyPath | None) -> None:

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -126,6 +127,8 @@ def _query() -> Image.Image | None:
     )
   if not _FLAGS.image:
     return None
+  if Path(_FLAGS.image).is_dir():
+    raise UserError(f"--image={_FLAGS.image} is a folder: name a picture's file.")
   try:
     return decode_image(_FLAGS.image)
   except ImageError as error:
@@ -143,7 +146,15 @@ def _searcher(index: Index) -> Searcher:
   if not step:
     its_own = index.manifest.get("step") if checkpoint == made_by else None
     step = "latest" if its_own is None else str(its_own)
-  embedder = open_model(checkpoint, step, batch_size=1).embedder
+  try:
+    embedder = open_model(checkpoint, step, batch_size=1).embedder
+  except UserError as error:
+    if _FLAGS.checkpoint:
+      raise
+    raise UserError(
+      f"the index was made by {made_by}, which cannot be opened ({error}) If it has "
+      "moved, say where it is: --checkpoint=<folder>."
+    ) from error
   index.check_model(embedder)
   return Searcher(index, embedder, exact=not _FLAGS.approximate)
 

@@ -121,6 +121,11 @@ def _read(path: AnyPath) -> dict:
     data = json.loads(path.read_text())
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+  if isinstance(data, dict) and "benchmark" in data:
+    raise UserError(
+      f"{path} is the result of a public benchmark, which has no page: reports are of"
+      " evaluations in nine directions (without --benchmark)."
+    )
   if not isinstance(data, dict) or not any(view in data for view in VIEWS):
     raise UserError(
       f"{path} is no evaluation in nine directions: name a file that"

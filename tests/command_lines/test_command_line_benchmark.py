@@ -90,3 +90,18 @@ def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):
   assert done.returncode == 2
   assert "lacks composed.jsonl" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--root=x",), "--root does nothing without --benchmark: name one"),
+    (("--tasks=cirr_task7",), "--tasks does nothing without --benchmark"),
+    (("--benchmark=cirr", "--items=5"), "--items does nothing with --benchmark=cirr"),
+    (("--batch_size=0",), "--batch_size=0: at least one document"),
+  ],
+)
+def test_flags_of_the_other_kind_are_refused(arguments, message):
+  done = evaluate("--checkpoint=nowhere", *arguments)
+  assert done.returncode == 2
+  assert message in done.stderr

@@ -147,6 +147,7 @@ def test_without_faiss(monkeypatch):
   [
     (("--output=x", "--modality=video"), "--modality=video is none of both"),
     (("--output=x", "--shard_size=0"), "--shard_size=0: at least one record"),
+    (("--output=x", "--batch_size=0"), "--batch_size=0: at least one document"),
     (("--output=x",), "error: name a model: --checkpoint"),
     ((), "error: name the folder to write: --output"),
   ],

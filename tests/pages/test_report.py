@@ -331,12 +331,14 @@ def test_files_that_are_no_evaluations(tmp_path, even):
   good = write(tmp_path / "good.json", even)
   (tmp_path / "text.json").write_text("not json")
   (tmp_path / "other.json").write_text('{"step": 3}')
+  (tmp_path / "cirr.json").write_text('{"benchmark": "cirr"}')
   for files, said in (
     ([], "name the evaluations"),
     ([str(tmp_path)], "is a folder: name the JSON file"),
     ([str(tmp_path / "none.json")], "there is no such file"),
     ([good, str(tmp_path / "text.json")], "text.json cannot be read as JSON"),
     ([str(tmp_path / "other.json")], "other.json is no evaluation in nine directions"),
+    ([str(tmp_path / "cirr.json")], "cirr.json is the result of a public benchmark"),
     ([f"x={good}", f"x={good}"], 'two evaluations would be called "x"'),
   ):
     with pytest.raises(UserError, match=re.escape(said)):

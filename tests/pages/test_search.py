@@ -132,11 +132,12 @@ def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):
     ({"index": str(tmp_path), "text": "a"}, "holds no index"),
     ({"index": index, "image": f"{tmp_path}/none.png"}, "none.png: no such file"),
     ({"index": index, "image": f"{tmp_path}/a.txt"}, "a.txt: not a picture in a known"),
+    ({"index": index, "image": str(tmp_path)}, "is a folder: name a picture's file"),
     ({"index": index, "text": "a", "k": 0}, "k=0: ask for at least one"),
     ({"index": index, "text": "a", "modality": "text"}, "holds no text documents"),
     ({"index": index, "text": "a", "html": str(there)}, "is no page of ours"),
     ({"index": index, "text": "a", "serve": True}, "--serve takes its queries on its"),
-    ({"index": index, "text": "a"}, "runs/fake"),  # the model is not there
+    ({"index": index, "text": "a"}, "made by runs/fake, which cannot be opened"),
   ):
     flags_of(monkeypatch, **given)
     with pytest.raises(UserError, match=re.escape(said)):
