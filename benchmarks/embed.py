@@ -148,7 +148,13 @@ def ours(records: Any, embedder: Any) -> np.ndarray:
   from gcl_jax.retrieval.store_writer import IndexWriter
 
   dimension = embedder.model.config.projection_dim
-  settings = {"dtype": "float32", "dimension": dimension}
+  settings = {
+    "model": {},
+    "dimension": dimension,
+    "dtype": "float32",
+    "data": {},
+    "split": "",
+  }
   with tempfile.TemporaryDirectory(prefix="gcl_jax_embed_") as folder:
     writer = IndexWriter(folder, settings, 1)
     embed_corpus(records, embedder, writer, [0], shard_size=len(records))
