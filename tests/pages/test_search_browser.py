@@ -59,13 +59,14 @@ def test_words_then_a_picture(visit, address, files, width, scheme):
   assert page.locator("#results img").count() == 6  # ten documents, four of them texts
   page.get_by_label("Words").fill("")
   page.locator("#image").set_input_files(files / "1.png")
-  assert page.locator("#preview").is_visible()
+  expect(page.locator("#preview")).to_be_visible()
   page.get_by_label("Find").select_option("image")
   page.get_by_role("button", name="Search").click()
   expect(page.locator("#results li")).to_have_count(4)
   assert found(page) == ["image"] * 4
-  pictures = page.locator("#results img")
-  assert pictures.evaluate_all("all => all.every(i => i.naturalWidth == 40)")
+  page.wait_for_function(
+    "[...document.querySelectorAll('#results img')].every(i => i.naturalWidth == 40)"
+  )
   assert page.evaluate("document.documentElement.scrollWidth") == width
   assert page.said == []
   outside = [u for u in page.asked_for if not u.startswith((address, "blob:", "data:"))]
@@ -88,7 +89,7 @@ def test_a_dropped_picture(visit, address):
     }));
   }"""
   )
-  assert page.locator("#preview").is_visible()
+  expect(page.locator("#preview")).to_be_visible()
   page.get_by_role("button", name="Search").click()
   assert found(page)[0] == "image"
   assert page.locator("#results .id").first.inner_text().startswith("id 3")
