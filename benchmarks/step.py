@@ -57,6 +57,7 @@ def _define_flags() -> None:
     os.environ.get("GCL_JAX_DATA", "../shared/data"),
     "holds flickr8k and clip_tokenizer; where it does not, pairs are made up",
   )
+  flags.DEFINE_string("tokenizer", "", "a text encoder's folder, for models VISTA-...")
   flags.DEFINE_integer("batch_size", 64, "pairs")
   flags.DEFINE_integer("repeats", 7, "turns")
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the towers")
@@ -71,7 +72,7 @@ def main() -> None:
     models, batch_size, repeats = models[:1], min(batch_size, 16), min(repeats, 3)
   rows: list[dict[str, Any]] = []
   for name in models:
-    config = recipe(name, Path(_FLAGS.data), batch_size, _FLAGS.dtype)
+    config = recipe(name, Path(_FLAGS.data), batch_size, _FLAGS.dtype, _FLAGS.tokenizer)
     if _FLAGS.startup:
       from benchmarks import step_startup
 
@@ -86,10 +87,15 @@ def main() -> None:
 
 
 def recipe(
-  name: str, data: Path, batch_size: int, dtype: str = "float32"
+  name: str, data: Path, batch_size: int, dtype: str = "float32", tokenizer: str = ""
 ) -> ConfigDict:
   """A run's config: a named shape from random weights, or a file of weights; on Flickr8k
   where it is there.
+
+  `VISTA-small` is the form of VISTA at the sizes of `step_vista.SMALL`.
+
+  Raises:
+    UserError: a VISTA without a tokenizer.
   """
   from gcl_jax.training.config import default_config
 
@@ -99,10 +105,18 @@ def recipe(
     config.init.pretrained = name
   else:
     config.model.name = name
+  if name.startswith("VISTA"):
+    if not tokenizer:
+      raise UserError("--tokenizer: a VISTA's texts need a text encoder's folder.")
+    config.temperature.mode = "fixed"
+  if name == "VISTA-small":
+    from benchmarks.step_vista import SMALL
+
+    config.name, config.model.name, config.model.hf = name, "", SMALL
   config.batch_size = batch_size
   if (data / "flickr8k").is_dir() and (data / "clip_tokenizer").is_dir():
     config.data.path = str(data / "flickr8k")
-    config.tokenizer.path = str(data / "clip_tokenizer")
+    config.tokenizer.path = tokenizer or str(data / "clip_tokenizer")
   else:
     config.data.source = "scenes"
   return config
@@ -127,7 +141,8 @@ def measure(config: ConfigDict, *, repeats: int) -> list[dict[str, Any]]:
   torch.set_num_threads(threads)
   source = open_source(config.data, split=config.data.train_split)
   start = make_start(config, source, None, False)
-  longest = start.model.config.text.context
+  # A CLIP's users pad to its context, a BERT's to the longest of a batch.
+  longest = min(start.model.config.text.context, max(config.data.text_buckets))
   cut = usual_batch(config, source, start.processor)
   padding = ((0, 0), (0, longest - cut["tokens"].shape[1]))
   pad_id = start.processor.tokenizer.pad_id
@@ -150,7 +165,7 @@ def measure(config: ConfigDict, *, repeats: int) -> list[dict[str, Any]]:
       if repeat:  # the first of each compiles and warms up
         seconds[side, length].append(time.perf_counter() - began)
   shared = {
-    "model": config.model.name or Path(config.init.pretrained).name,
+    "model": config.model.name or Path(config.init.pretrained).name or config.name,
     "batch": config.batch_size,
     "dtype": config.model.dtype,
     "data": (config.data.path and Path(config.data.path).name) or "made up",

@@ -17,7 +17,8 @@ import transformers
 from ml_collections import ConfigDict
 from torch.nn.functional import normalize
 
-from gcl_jax.models import Model, pytorch_clip
+from benchmarks.step_vista import VistaTorch
+from gcl_jax.models import Model, VistaConfig, pytorch_clip
 from gcl_jax.models.convert import (
   HUGGING_FACE,
   TABLE,
@@ -25,6 +26,7 @@ from gcl_jax.models.convert import (
   to_tensors,
 )
 from gcl_jax.models.native import native_layout, native_table
+from gcl_jax.models.vista_table import VISTA
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.sharding import make_mesh, put_batch
 from gcl_jax.training.compiled import CompiledStep
@@ -78,7 +80,9 @@ class Ours:
 
 
 class PyTorch:
-  """`transformers.CLIPModel` and the loss as a reader of the paper would write it.
+  """The original's model, and the loss as a reader of the paper would write it.
+
+  That is `transformers.CLIPModel`, or of a VISTA `step_vista.VistaTorch`.
 
   Where `CLIPModel` has no such shape (pruned, a ResNet), the file that an export carries:
   the layers as the release runs them, none larger than it was cut to. A ResNet's batch
@@ -90,7 +94,10 @@ class PyTorch:
   ):
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, fields = model.config, model.config.to_hf()
-    if shape.plain:
+    if isinstance(shape, VistaConfig):
+      self._layout, table = VISTA, VISTA.table
+      self._model = VistaTorch(shape)
+    elif shape.plain:
       self._layout, table = HUGGING_FACE, TABLE
       self._model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(fields))
     else:
@@ -98,6 +105,12 @@ class PyTorch:
       self._model = pytorch_clip.CLIP(fields)
     tensors = to_tensors(params, shape, table)
     self._model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
+    if isinstance(shape, VistaConfig):  # whose file has no place for a scale
+      scale = torch.tensor(params["logit_scale"])
+      self._model.logit_scale = torch.nn.Parameter(scale)
+    # A fixed one is no parameter.
+    learned = config.temperature.mode == "learned"
+    self._model.logit_scale.requires_grad_(learned)
     self._model.to(self._device).train()
     self._images, self._config = images, model.config
     self._autocast = torch.autocast(
@@ -105,15 +118,21 @@ class PyTorch:
     )
     self._top = math.log(config.temperature.max_logit_scale)
     self._clip_norm = config.optimizer.clip_norm
-    self._weights = list(self._model.parameters())
+    named = dict(self._model.named_parameters())
+    self._weights = list(named.values())
+    # By name, as ours: a class token is kept with axes of one in front.
+    decayed = {n: w for n, w in named.items() if w.ndim > 1 and "cls_token" not in n}
     rule = config.optimizer
     self._optimizer = torch.optim.AdamW(
       [
         {
-          "params": [w for w in self._weights if w.ndim > 1],
+          "params": list(decayed.values()),
           "weight_decay": rule.weight_decay,
         },
-        {"params": [w for w in self._weights if w.ndim < 2], "weight_decay": 0.0},
+        {
+          "params": [w for n, w in named.items() if n not in decayed],
+          "weight_decay": 0.0,
+        },
       ],
       lr=rule.learning_rate,
       betas=(rule.b1, rule.b2),
@@ -121,7 +140,7 @@ class PyTorch:
       fused=True,  # on CPUs too, several times as fast as its default
     )
     on_gpu = self._device == "cuda"
-    self._embed = torch.compile(self._towers) if on_gpu else self._towers
+    self._embed = torch.compile(self._rows) if on_gpu else self._rows
 
   def place(self, batch: Mapping[str, np.ndarray]) -> Any:
     """What `CLIPProcessor` gives: normalised pixels, channels first, and ids."""
@@ -134,8 +153,8 @@ class PyTorch:
     """One optimizer step; the loss before it."""
     self._optimizer.zero_grad()
     with self._autocast:
-      image, text = self._embed(*placed)
-    loss = gcl_loss(image.float(), text.float(), self._model.logit_scale.exp())
+      rows = self._embed(*placed)
+    loss = gcl_loss(rows, self._model.logit_scale.exp())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
     self._optimizer.step()
@@ -146,7 +165,18 @@ class PyTorch:
   def params(self) -> Any:
     """A copy of the parameters in our tree, NumPy."""
     tensors = {k: v.cpu().numpy() for k, v in self._model.state_dict().items()}
-    return from_tensors(tensors, self._config, "the PyTorch side", self._layout)
+    scale = tensors["logit_scale"]
+    if self._layout is VISTA:
+      del tensors["logit_scale"]
+    params = from_tensors(tensors, self._config, "the PyTorch side", self._layout)
+    return {**params, "logit_scale": scale}
+
+  def _rows(self, pixels, tokens):
+    """Unit rows of image, text and both, (3 B, D) float32."""
+    if isinstance(self._config, VistaConfig):
+      return torch.cat(self._model(pixels, tokens))
+    image, text = (x.float() for x in self._towers(pixels, tokens))
+    return torch.cat([normalize(x, dim=-1) for x in (image, text, image + text)])
 
   def _towers(self, pixels, tokens):
     if not self._config.plain:
@@ -156,13 +186,9 @@ class PyTorch:
     return self._model.visual_projection(image), self._model.text_projection(text)
 
 
-def gcl_loss(
-  image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-  """Raw embeddings (N, D) -> the loss, by one (3N, 3N) matrix of similarities."""
-  count = len(image)
-  fused = normalize(image + text, dim=-1)
-  rows = torch.cat([normalize(image, dim=-1), normalize(text, dim=-1), fused])
+def gcl_loss(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+  """Unit rows (3N, D), image, text, fused -> the loss, by one matrix of similarities."""
+  count = len(rows) // _BANKS
   logits = scale * rows @ rows.T
   at = torch.arange(len(rows), device=rows.device)
   logits = logits.masked_fill(at[:, None] == at, -torch.inf)

@@ -133,8 +133,11 @@ def _evaluate_pairs(output: AnyPath | None) -> None:
   )
   result["checkpoint"] = _FLAGS.checkpoint
   result["split"] = _FLAGS.split
+  notes = list(model.notes)
+  if cut := getattr(model.embedder.processor.tokenizer, "texts_cut", 0):
+    notes.append(f"{cut} texts were longer than the model takes, and were cut.")
   rows = {Path(_FLAGS.checkpoint).name: result}
-  print(render(rows, center=_FLAGS.center, notes=model.notes))
+  print(render(rows, center=_FLAGS.center, notes=notes))
   _write(output, result)
 
 

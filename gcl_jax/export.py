@@ -23,7 +23,7 @@ def main() -> None:
   if not _FLAGS.checkpoint or not _FLAGS.output:
     raise UserError("name both: --checkpoint=<a run's folder> --output=<a new folder>")
   from gcl_jax.checkpoints import read_description, read_results
-  from gcl_jax.checkpoints.export import check_output, export_run
+  from gcl_jax.checkpoints.export import check_output, export_run, in_pytorch
   from gcl_jax.evaluation import choose_step, to_markdown
   from gcl_jax.training.check import describe_loss
 
@@ -37,11 +37,9 @@ def main() -> None:
   notes = [describe_loss(run.config)]
   table = to_markdown(rows, notes=notes) if rows else notes[0]
   folder = export_run(_FLAGS.checkpoint, _FLAGS.output, step=step, table=table)
-  loader = f"CLIPModel.from_pretrained({str(folder)!r})"
-  if not run.model.plain:
-    loader = f"load from {folder / 'pytorch_clip.py'}"
   print(
-    f"written: {folder} (step {step})\nIn PyTorch: {loader}; see {folder}/README.md"
+    f"written: {folder} (step {step})\n"
+    f"In PyTorch: {in_pytorch(run.model, folder)}; see {folder}/README.md"
   )
 
 

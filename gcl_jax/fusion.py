@@ -139,9 +139,44 @@ def score_fusion(
   return unit_image, unit_text, Mix(alpha, beta)
 
 
-def fuse(unit_image: Array, unit_text: Array, mix: Mix) -> Array:
-  """The fused bank (N, D) float32, written out: alpha e_i + beta e_t."""
-  alpha, beta = (weight.astype(jnp.float32)[:, None] for weight in mix)
+def unit_bank(
+  image_raw: Array,
+  text_raw: Array,
+  fused_raw: Array,
+  *,
+  has_image: Array | None = None,
+  has_text: Array | None = None,
+) -> tuple[Array, Array, Array]:
+  """Unit rows of a model that fuses by itself: image, text and fused, (N, D) float32.
+
+  As `score_fusion`: where one modality is missing the fused row is the other's, rows
+  that lack one may hold anything there, and norms are floored at 1e-6.
+
+  Raises:
+    ValueError: shapes disagree.
+  """
+  if image_raw.ndim != 2 or not (image_raw.shape == text_raw.shape == fused_raw.shape):
+    raise ValueError(
+      f"image {image_raw.shape}, text {text_raw.shape} and fused {fused_raw.shape}: all "
+      "must be (N, D)"
+    )
+  image_there = _presence(has_image, image_raw, "has_image")
+  text_there = _presence(has_text, text_raw, "has_text")
+  image, _ = _unit(image_raw, image_there)
+  text, _ = _unit(text_raw, text_there)
+  both = image_there & text_there
+  fused, _ = _unit(fused_raw, both)
+  return image, text, jnp.where(both[:, None], fused, image + text)
+
+
+def fuse(unit_image: Array, unit_text: Array, fused: Mix | Array) -> Array:
+  """The fused bank (N, D) float32, written out: alpha e_i + beta e_t of a `Mix`.
+
+  A bank is returned as it is.
+  """
+  if not isinstance(fused, Mix):
+    return fused
+  alpha, beta = (weight.astype(jnp.float32)[:, None] for weight in fused)
   return alpha * unit_image + beta * unit_text
 
 

@@ -31,8 +31,8 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r".*/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
   (r".*/attention/(query|key|value)/bias", P(None, "tensor")),
   (r".*/attention/out/kernel", P(None, "tensor", "fsdp")),
-  (r".*/mlp/fc1/kernel", P(None, "fsdp", "tensor")),
-  (r".*/mlp/fc1/bias", P(None, "tensor")),
+  (r".*/mlp/(fc1|gate)/kernel", P(None, "fsdp", "tensor")),
+  (r".*/mlp/(fc1|gate)/bias", P(None, "tensor")),
   (r".*/mlp/fc2/kernel", P(None, "tensor", "fsdp")),
   (r"text/token_embedding/embedding", P(None, "fsdp")),
   (r"vision/patch_embedding/kernel", P(None, "fsdp")),
@@ -42,10 +42,11 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r"vision/pool/(query|key|value)/bias|image_projection/bias", P()),
   (r"vision/(.*/)?(shortcut_)?conv\d?/kernel", P()),
   (r".*/(\w*norm\d?)/(scale|bias|mean|var)", P()),
-  (r".*/(out|fc2)/bias", P()),
-  (r".*/position_embedding/embedding", P()),
+  (r".*/(out|fc2|patch_embedding)/bias", P()),
+  (r".*/(position|type)_embedding/embedding", P()),
   (r"vision/class_embedding|logit_scale|fusion/\w+", P()),
   (r"lora/.*/[ab]", P()),
+  (r"fixed/.*", P()),
 )
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -12,23 +13,33 @@ from gcl_jax.checkpoints.folder import Folder
 from gcl_jax.checkpoints.manager import read_run
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import write_pretrained
+from gcl_jax.models import (
+  PTH,
+  VISTA_SHAPES,
+  Config,
+  VistaConfig,
+  write_pretrained,
+  write_vista,
+)
 
 _CARD = "README.md"
 # Lies in a folder for as long as we may throw it away, and is the last to go.
 _MARK = ".gcl_jax_export"
 _FILES = {
   _CARD,
+  PTH,
   "config.json",
   "gcl_jax.json",
   "merges.txt",
   "model.safetensors",
   "preprocessor_config.json",
   "pytorch_clip.py",
+  "sentencepiece.bpe.model",
   "special_tokens_map.json",
   "tokenizer.json",
   "tokenizer_config.json",
   "vocab.json",
+  "vocab.txt",
 }
 
 
@@ -52,8 +63,8 @@ def export_run(
 
   Returns:
     The folder, which `CLIPModel.from_pretrained` and `CLIPProcessor` load; where
-    `CLIPModel` has no such shape, the `pytorch_clip.py` inside loads it. Weights are
-    bit-identical to the run's.
+    `CLIPModel` has no such shape, the `pytorch_clip.py` inside loads it; of a VISTA a
+    `.pth` for FlagEmbedding's `Visualized_BGE`. Weights are bit-identical to the run's.
 
   Raises:
     UserError: no such checkpoint, the output (or a folder beside it that the export
@@ -70,10 +81,13 @@ def export_run(
     part.mkdir(parents=True)
     (part / _MARK).touch()
     processor.save(part)
-    write_pretrained(part, model.config, params, fusion)
-    (part / _CARD).write_text(
-      model_card(config.name, fusion, table, model.config.plain)
-    )
+    if isinstance(model.config, VistaConfig):
+      write_vista(part, model.config, params, pth=True)
+      card = vista_card(config.name, model.config, table)
+    else:
+      write_pretrained(part, model.config, params, fusion)
+      card = model_card(config.name, fusion, table, model.config.plain)
+    (part / _CARD).write_text(card)
     _put_in_place(part, place)
   except OSError as error:
     raise UserError(
@@ -231,3 +245,48 @@ image = model.encode_image(inputs["pixel_values"])
 text = model.encode_text(inputs["input_ids"])
 fused = model.fuse(image, text)
 """
+
+
+_PUBLISHED = {config: name for name, config in VISTA_SHAPES.items()}
+_ORIGINALS = {"VISTA-base": "bge-base-en-v1.5", "VISTA-m3": "bge-m3"}
+
+
+def vista_card(name: str, config: VistaConfig, table: str) -> str:
+  """The README.md of an exported VISTA."""
+  shape = dataclasses.replace(config, logit_scale_init=VistaConfig.logit_scale_init)
+  original = _ORIGINALS.get(_PUBLISHED.get(shape, ""))
+  pytorch = ""
+  if original:
+    pytorch = f"""
+In PyTorch, with FlagEmbedding's `visual_bge` (from inside this folder):
+
+```python
+from visual_bge.modeling import Visualized_BGE
+
+model = Visualized_BGE(model_name_bge="{original}", from_pretrained=".",
+                       model_weight="{PTH}").eval()
+fused = model.encode(image="picture.jpg", text="a caption")
+```
+"""
+  results = f"\n## Results\n\n{table}\n" if table else ""
+  return f"""---
+tags: [visualized-bge, multimodal-retrieval, gcl-2509.25638]
+---
+# {name}
+
+One embedding space for images, texts and documents with both: a VISTA trained with
+Generalized Contrastive Learning (arXiv 2509.25638) by gcl_jax {__version__}. Compare
+embeddings by their dot product.
+{pytorch}
+In JAX: `gcl_jax.load(folder).embed(images=[...], texts=[...])`, with `None` where a
+document lacks one of the two.
+{results}"""
+
+
+def in_pytorch(config: Config, folder: Path) -> str:
+  """How PyTorch loads an exported folder, in a few words."""
+  if isinstance(config, VistaConfig):
+    return f"FlagEmbedding's Visualized_BGE with model_weight={str(folder / PTH)!r}"
+  if config.plain:
+    return f"CLIPModel.from_pretrained({str(folder)!r})"
+  return f"load from {folder / 'pytorch_clip.py'}"

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import CLIPConfig
+from gcl_jax.models import Config, config_from_dict
 from gcl_jax.paths import (
   AnyPath,
   RemotePath,
@@ -46,7 +46,7 @@ class RunDescription:
   """All of a run that is decided before its first step."""
 
   config: ConfigDict
-  model: CLIPConfig
+  model: Config
   fusion: FusionSettings
   processor: Processor
   steps: int  # length of the run
@@ -185,7 +185,7 @@ def read_description(folder: Folder) -> RunDescription:
     processor = Processor.from_folder(here)
   return RunDescription(
     config=ConfigDict(stored["config"]),
-    model=CLIPConfig.from_hf(stored["model"]),
+    model=config_from_dict(stored["model"]),
     fusion=FusionSettings.from_dict(stored["fusion"]),
     processor=processor,
     steps=stored["steps"],

@@ -230,8 +230,7 @@ class Pipeline:
       "index": np.array([row.place.index for row in rows], np.int64),
       "caption_index": np.array([row.caption_index for row in rows], np.int32),
     }
-    # The first end token: CLIP pads with the same id.
-    longest = int((tokens == tokenizer.eos_id).argmax(axis=1).max()) + 1
+    longest = int(tokenizer.lengths(tokens).max())
     return _Collated(batch, longest, [row.error for row in rows if row.error])
 
   def _width(self, longest: int) -> int:

@@ -169,6 +169,11 @@ class CLIPConfig:
     """Whether Hugging Face's `CLIPModel` has this shape."""
     return self.vision.plain and self.text.plain
 
+  @property
+  def pair_context(self) -> int:
+    """The most tokens of a text beside an image: as many as of a text alone."""
+    return self.text.context
+
   @classmethod
   def from_hf(cls, fields: Mapping[str, Any]) -> CLIPConfig:
     """A `config.json` as a dict, Hugging Face's or ours; unknown keys are ignored.
@@ -196,8 +201,8 @@ class CLIPConfig:
       vision = _resnet(towers["vision"])
     else:
       part = towers["vision"]
-      vision = VisionConfig(**_fields(part, _VISION, VisionConfig, "vision"))
-    text = TextConfig(**_fields(towers["text"], _TEXT, TextConfig, "text"))
+      vision = VisionConfig(**fields_of(part, _VISION, VisionConfig, "vision"))
+    text = TextConfig(**fields_of(towers["text"], _TEXT, TextConfig, "text"))
     if vision.grid < 1 and isinstance(vision, ResNetConfig):
       raise UserError(f"vision_config.image_size is {vision.image_size}, under 32.")
     if vision.grid < 1:
@@ -206,8 +211,8 @@ class CLIPConfig:
         f"{vision.image_size}."
       )
     top = {"projection_dim": "projection_dim", "logit_scale": "logit_scale_init_value"}
-    width = _number(fields, top["projection_dim"], cls.projection_dim, "config")
-    scale = _number(fields, top["logit_scale"], cls.logit_scale_init, "config")
+    width = number(fields, top["projection_dim"], cls.projection_dim, "config")
+    scale = number(fields, top["logit_scale"], cls.logit_scale_init, "config")
     return cls(vision, text, width, scale)
 
   def to_hf(self) -> dict[str, Any]:
@@ -255,18 +260,23 @@ def _resnet(part: Mapping[str, Any]) -> ResNetConfig:
   whole = isinstance(stages, list | tuple) and all(type(n) is int for n in stages)
   if not whole or len(stages) != 4 or min(stages) < 1:
     raise UserError(f"{where}.stage_layers is {stages!r}: it must be four numbers.")
-  width = _number(part, "hidden_size", defaults.width, where)
-  heads = _number(part, "num_attention_heads", defaults.heads, where)
+  width = number(part, "hidden_size", defaults.width, where)
+  heads = number(part, "num_attention_heads", defaults.heads, where)
   if width % 2 or (32 * width) % heads:
     raise UserError(
       f"{where}: hidden_size {width} must be even, and 32 times it a multiple of "
       f"num_attention_heads {heads}."
     )
-  size = _number(part, "image_size", defaults.image_size, where)
+  size = number(part, "image_size", defaults.image_size, where)
   return ResNetConfig(width, tuple(stages), heads, size)
 
 
-def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
+def fields_of(part, table, defaults, tower: str) -> dict[str, Any]:
+  """Our fields of a tower from a Hugging Face dict, by a table of (ours, theirs).
+
+  Raises:
+    UserError: a value of another type, or sizes that cannot be.
+  """
   where = f"{tower}_config"
   out = {}
   for ours, theirs in table:
@@ -275,12 +285,13 @@ def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
       out[ours] = default if part.get(theirs) is None else part[theirs]
     else:
       low = None if ours in _TOKEN_IDS else 1
-      out[ours] = _number(part, theirs, default, where, low)
-  if out["act"] not in ACTIVATIONS:
+      out[ours] = number(part, theirs, default, where, low)
+  if "act" in out and out["act"] not in ACTIVATIONS:
     raise UserError(
       f"{where}.hidden_act is {out['act']!r}: it is one of {', '.join(ACTIVATIONS)}."
     )
-  if part.get("head_dim") is not None or part.get("layer_heads"):
+  cut = part.get("head_dim") is not None or part.get("layer_heads")
+  if cut and hasattr(defaults, "head_width"):
     return out | _own_fields(part, out, where)
   if out["width"] % out["heads"]:
     raise UserError(
@@ -292,7 +303,7 @@ def _fields(part, table, defaults, tower: str) -> dict[str, Any]:
 
 def _own_fields(part, plain: dict[str, Any], where: str) -> dict[str, Any]:
   """The fields of a tower that was pruned."""
-  own: dict[str, Any] = {"head_width": _number(part, "head_dim", 64, where)}
+  own: dict[str, Any] = {"head_width": number(part, "head_dim", 64, where)}
   for ours, theirs in _OWN[1:]:
     sizes = part.get(theirs) or []
     whole = isinstance(sizes, list | tuple) and all(
@@ -318,7 +329,7 @@ def _own_fields(part, plain: dict[str, Any], where: str) -> dict[str, Any]:
   return own
 
 
-def _number(part, key: str, default: int | float, where: str, low: int | None = 1):
+def number(part, key: str, default: int | float, where: str, low: int | None = 1):
   """`part[key]` as a number of the default's type; None and absent are the default."""
   value = part.get(key)
   if value is None:

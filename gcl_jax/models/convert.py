@@ -4,7 +4,8 @@ A row is (our path, their key, transform). `{i}` in a key is the layer: our arra
 what they keep per layer, padded where layers differ in size (`uneven.py`). Rows that name
 the same key share its tensor, one part after the other along its first axis. A transform
 is a pair of NumPy functions that only move numbers about, so that a round trip is
-bit-identical. The table here is Hugging Face's; OpenCLIP's is in `native.py`.
+bit-identical. The table here is Hugging Face's; OpenCLIP's is in `native.py`, VISTA's in
+`vista_table.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gcl_jax.errors import UserError
-from gcl_jax.models.clip import build
 from gcl_jax.models.config import CLIPConfig
+from gcl_jax.models.model import Config, build
 from gcl_jax.models.uneven import layer_shape
 
 _LISTED = 8  # keys that an error names before it counts
@@ -27,17 +28,17 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 class Transform(NamedTuple):
   """Theirs to ours, and back."""
 
-  ours: Callable[[np.ndarray, CLIPConfig], np.ndarray]
-  theirs: Callable[[np.ndarray, CLIPConfig], np.ndarray]
+  ours: Callable[[np.ndarray, Any], np.ndarray]
+  theirs: Callable[[np.ndarray, Any], np.ndarray]
 
 
-def _patch_ours(kernel: np.ndarray, config: CLIPConfig) -> np.ndarray:
+def _patch_ours(kernel: np.ndarray, config: Config) -> np.ndarray:
   # (width, 3, P, P), a convolution -> (P·P·3, width), a product with flat patches.
   del config
   return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
 
 
-def _patch_theirs(kernel: np.ndarray, config: CLIPConfig) -> np.ndarray:
+def _patch_theirs(kernel: np.ndarray, config: Config) -> np.ndarray:
   patch = config.vision.patch
   return kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
 
@@ -58,12 +59,14 @@ class Layout(NamedTuple):
     ignored: keys that may be left over.
     described_by: what says which keys there must be.
     mend: what to do where they are not there.
+    kind: of model.
   """
 
   table: tuple[Row, ...]
   ignored: re.Pattern
   described_by: str
   mend: str
+  kind: str = "CLIP"
 
 
 SAME = Transform(lambda x, _: x, lambda x, _: x)
@@ -140,7 +143,7 @@ class Piece(NamedTuple):
   shape: tuple[int, ...]  # ours, without the layers axis and without padding
   transform: Transform
 
-  def theirs(self, config: CLIPConfig) -> tuple[int, ...]:
+  def theirs(self, config: Config) -> tuple[int, ...]:
     """Its shape in the file."""
     # An array without memory, to see what the transform makes of its shape.
     return self.transform.theirs(
@@ -153,7 +156,7 @@ class Piece(NamedTuple):
     return array[(*(slice(size) for size in self.shape), ...)]
 
 
-def pieces(config: CLIPConfig, table: Iterable[Row]) -> dict[str, list[Piece]]:
+def pieces(config: Config, table: Iterable[Row]) -> dict[str, list[Piece]]:
   """Every key of a model of this shape, and of what its tensor is made."""
   shapes, found = build(config).abstract(), {}
   for path, pattern, transform in table:
@@ -169,7 +172,7 @@ def pieces(config: CLIPConfig, table: Iterable[Row]) -> dict[str, list[Piece]]:
   return found
 
 
-def key_shapes(config: CLIPConfig, table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+def key_shapes(config: Config, table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
   """Every key of a model of this shape, and its tensor's shape."""
   return {
     key: _joined([piece.theirs(config) for piece in parts])
@@ -185,7 +188,7 @@ def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 def from_tensors(
   tensors: Mapping[str, np.ndarray],
-  config: CLIPConfig,
+  config: Config,
   where: str,
   layout: Layout,
 ) -> dict[str, Any]:
@@ -238,14 +241,14 @@ def from_tensors(
   ]
   if problems:
     raise UserError(
-      f"{where} does not hold the CLIP that {layout.described_by} describes: "
+      f"{where} does not hold the {layout.kind} that {layout.described_by} describes: "
       f"{'; '.join(problems)}. {layout.mend}"
     )
   return params
 
 
 def to_tensors(
-  params: Mapping[str, Any], config: CLIPConfig, table: Iterable[Row]
+  params: Mapping[str, Any], config: Config, table: Iterable[Row]
 ) -> dict[str, np.ndarray]:
   """Our parameters -> a file's tensors: contiguous float32, `logit_scale` ().
 
@@ -277,13 +280,13 @@ def hf_shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
 
 
 def from_hf(
-  tensors: Mapping[str, np.ndarray], config: CLIPConfig, where: str
+  tensors: Mapping[str, np.ndarray], config: Config, where: str
 ) -> dict[str, Any]:
   """`from_tensors` of a `CLIPModel`; `position_ids` are ignored."""
   return from_tensors(tensors, config, where, HUGGING_FACE)
 
 
-def to_hf(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, np.ndarray]:
+def to_hf(params: Mapping[str, Any], config: Config) -> dict[str, np.ndarray]:
   """`to_tensors` of a `CLIPModel`."""
   return to_tensors(params, config, TABLE)
 

@@ -78,9 +78,9 @@ def recognise(found: Found) -> Format:
   if kind is None:
     some = ", ".join(sorted(found.keys)[:_NAMED]) or "nothing"
     raise UserError(
-      f"{found.where} is of an unknown layout (it holds {some}, ...). Supported are CLIP "
-      "and TinyCLIP: OpenAI's .pt archives, OpenCLIP's files, TinyCLIP's .pt files, and "
-      "Hugging Face folders."
+      f"{found.where} is of an unknown layout (it holds {some}, ...). Supported are CLIP, "
+      "TinyCLIP and VISTA: OpenAI's .pt archives, OpenCLIP's files, TinyCLIP's .pt files, a "
+      "VISTA's .pth beside its text encoder's files, and Hugging Face folders."
     )
   if kind.read is None:
     raise UserError(
@@ -152,6 +152,14 @@ def _refuse_alone(found: Found) -> Read:
   )
 
 
+def _refuse_without_encoder(found: Found) -> Read:
+  raise UserError(
+    f"{found.where} is the weights of a VISTA (Visualized BGE), whose text encoder says how "
+    "to read them: put them as a .pth beside its config.json and tokenizer files (of "
+    "BAAI/bge-base-en-v1.5 or BAAI/bge-m3)."
+  )
+
+
 def _native(found: Found, **options: Any) -> Read:
   config = native_config(found.tensors.shapes, str(found.where), **options)
   size = config.vision.image_size
@@ -181,7 +189,11 @@ def _params(found: Found, config: CLIPConfig) -> dict[str, Any]:
 
 # First match.
 FORMATS: tuple[Format, ...] = (
-  Format("a VISTA (Visualized BGE)", _has("bge_encoder.", "bge_embeddings.")),
+  Format(
+    "a VISTA (Visualized BGE)",
+    _has("bge_encoder.", "bge_embeddings."),
+    _refuse_without_encoder,
+  ),
   Format(
     "a CoCa",
     _either(

@@ -48,6 +48,8 @@ _SMALL_FILES = (
   "special_tokens_map.json",
   "vocab.json",
   "merges.txt",
+  "vocab.txt",
+  "sentencepiece.bpe.model",
 )
 _SAFETENSORS_FILES = (WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json")
 _BIN_FILES = (_BIN, "pytorch_model-*.bin", f"{_BIN}.index.json")
@@ -72,7 +74,7 @@ def local_folder(source: str | os.PathLike, weights: bool = True) -> Path:
   if path.exists():
     raise UserError(f"{name} is a file: name the folder of a model that holds it.")
   if path.is_absolute() or not _HUB_ID.fullmatch(name) or name.startswith("."):
-    raise UserError(f"there is no folder {name}: name a CLIP folder or a hub id.")
+    raise UserError(f"there is no folder {name}: name a model's folder or a hub id.")
   if not weights:
     return _snapshot(name, [*_SMALL_FILES])
   patterns = [*_SMALL_FILES, *_SAFETENSORS_FILES]
@@ -92,7 +94,7 @@ def is_open_clip(folder: Path) -> bool:
   if not (folder / DESCRIPTION).is_file():
     return False
   config = folder / CONFIG
-  return not (config.is_file() and _is_clip(_read_json(config)))
+  return not (config.is_file() and _is_clip(read_json(config)))
 
 
 def open_clip_weights(folder: Path) -> Path | None:
@@ -140,7 +142,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
     ) from error
 
 
-def read_pretrained(
+def read_clip(
   folder: str | os.PathLike,
 ) -> tuple[CLIPConfig, FusionSettings, dict[str, Any]]:
   """A Hugging Face `CLIPModel` folder: its shape, how it fuses, its parameters.
@@ -159,7 +161,7 @@ def read_pretrained(
   folder = Path(folder)
   config = _read_config(folder)
   fusion = _read_fusion(folder / SETTINGS)
-  with open_weights(_weight_files(folder)) as tensors:
+  with open_weights(weight_files(folder)) as tensors:
     if config.plain:
       params = from_hf(tensors, config, str(folder))
     else:
@@ -173,7 +175,7 @@ def read_pretrained(
   return config, fusion, params
 
 
-def write_pretrained(
+def write_clip(
   folder: str | os.PathLike,
   config: CLIPConfig,
   params: Mapping[str, Any],
@@ -182,7 +184,7 @@ def write_pretrained(
   """Writes config.json, model.safetensors and gcl_jax.json; makes the folder.
 
   Each file appears whole or not at all, config.json last. `CLIPModel.from_pretrained`
-  loads the folder and `read_pretrained` gives the same bits back. Where `CLIPModel` has
+  loads the folder and `read_clip` gives the same bits back. Where `CLIPModel` has
   no such shape, `pytorch_clip.py`, which is written beside them, loads it instead.
 
   Args:
@@ -210,16 +212,16 @@ def write_pretrained(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     # transformers refuses a file that does not say which framework wrote it.
-    _write(
+    write_file(
       folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
     if not config.plain:
       source = Path(__file__).with_name(PYTORCH_FILE).read_text(encoding="utf-8")
-      _write(
+      write_file(
         folder / PYTORCH_FILE, lambda path: path.write_text(source, encoding="utf-8")
       )
-    _write_json(folder / SETTINGS, {"fusion": fusion.to_dict()})
-    _write_json(folder / CONFIG, config.to_hf())
+    write_json(folder / SETTINGS, {"fusion": fusion.to_dict()})
+    write_json(folder / CONFIG, config.to_hf())
   except OSError as error:
     raise UserError(
       f"the model cannot be written to {folder} ({error.strerror or error}): is there "
@@ -227,7 +229,8 @@ def write_pretrained(
     ) from error
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+  """Lets `write` fill a file beside `path`, which then takes its place."""
   handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
   os.close(handle)
   try:
@@ -241,12 +244,18 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     raise
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file whole or not at all."""
   text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-  _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+  write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object.
+
+  Raises:
+    UserError: it cannot be read, or holds something else.
+  """
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -262,7 +271,7 @@ def _read_config(folder: Path) -> CLIPConfig:
       f"{folder} has no {CONFIG}: name a folder as CLIPModel.save_pretrained writes it, or "
       "the file of another kind of model itself."
     )
-  fields = _read_json(folder / CONFIG)
+  fields = read_json(folder / CONFIG)
   kind = fields.get("model_type")
   if not _is_clip(fields):
     names = fields.get("architectures") or []
@@ -286,7 +295,7 @@ def _is_clip(fields: Mapping[str, Any]) -> bool:
 def _read_fusion(path: Path) -> FusionSettings:
   if not path.is_file():
     return FusionSettings()
-  fields = _read_json(path).get("fusion", {})
+  fields = read_json(path).get("fusion", {})
   if not isinstance(fields, dict):
     raise UserError(f"{path}: fusion is {fields!r}, not the settings by name.")
   try:
@@ -295,8 +304,12 @@ def _read_fusion(path: Path) -> FusionSettings:
     raise UserError(f"{path}: {error}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-  """Whichever weight files the folder has, safetensors first."""
+def weight_files(folder: Path) -> list[Path]:
+  """Whichever weight files the folder has, safetensors first.
+
+  Raises:
+    UserError: none, or not all of its shards.
+  """
   for name in (WEIGHTS, _BIN):
     index = folder / f"{name}.index.json"
     if (folder / name).is_file():
@@ -310,7 +323,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-  where = _read_json(index).get("weight_map")
+  where = read_json(index).get("weight_map")
   if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
     raise UserError(f"{index} has no weight_map from keys to files.")
   files = [index.parent / name for name in sorted(set(where.values()))]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gcl_jax.errors import UserError
-from gcl_jax.models.clip import build
 from gcl_jax.models.config import CLIPConfig, ResNetConfig, TextConfig, VisionConfig
+from gcl_jax.models.model import build
 from gcl_jax.sharding import map_with_path
 
 _ALIKE = {

@@ -22,13 +22,14 @@ import numpy as np
 from gcl_jax.errors import UserError
 from gcl_jax.sharding import map_with_path
 
+_GATE = "mlp/gate"  # which not every tower has
 # Names that a config may give -> matrices of a block.
 MATRICES = {
   "query": ("attention/query",),
   "key": ("attention/key",),
   "value": ("attention/value",),
   "out": ("attention/out",),
-  "mlp": ("mlp/fc1", "mlp/fc2"),
+  "mlp": ("mlp/fc1", "mlp/fc2", _GATE),
 }
 
 
@@ -61,6 +62,8 @@ def lora_shapes(
           "matrices: set --config.lora.image='()'."
         )
       for path in MATRICES[name]:
+        if path == _GATE and "gate" not in params[tower]["blocks"]["mlp"]:
+          continue
         layers, inputs, outputs = _at(params[tower]["blocks"], path)["kernel"].shape
         if rank > min(inputs, outputs):
           raise UserError(

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models.config import CLIPConfig
 from gcl_jax.models.formats import find, recognise
 from gcl_jax.models.huggingface import (
+  CONFIG,
   local_folder,
   open_clip_weights,
-  read_pretrained,
+  read_clip,
+  read_json,
+  write_clip,
 )
+from gcl_jax.models.model import Config
 from gcl_jax.models.open_clip import DESCRIPTION
 from gcl_jax.models.torchscript import is_torchscript
+from gcl_jax.models.vista_config import VistaConfig
+from gcl_jax.models.vista_files import (
+  holds_vista,
+  is_text_encoder,
+  is_vista,
+  read_vista,
+  write_vista,
+)
 from gcl_jax.models.weights import open_weights
-from gcl_jax.processing import Processor, Tokenizer
+from gcl_jax.processing import (
+  EncoderTokenizer,
+  Processor,
+  Tokenizer,
+  read_tokenizer,
+)
 
 # CLIP's vocabulary, as the packages of OpenAI, OpenCLIP and TinyCLIP carry it.
 _MERGES = "bpe_simple_vocab_16e6.txt.gz"
@@ -28,7 +46,7 @@ _MERGES = "bpe_simple_vocab_16e6.txt.gz"
 class Pretrained(NamedTuple):
   """A model that was found: its shape, how it fuses, its parameters, its processor."""
 
-  config: CLIPConfig
+  config: Config
   fusion: FusionSettings
   params: dict[str, Any]
   processor: Processor
@@ -40,7 +58,8 @@ def read_model(source: str | os.PathLike, tokenizer: str = "") -> Pretrained:
   A Hugging Face folder or hub id, one of OpenCLIP's, a folder that was exported here; or a
   file: OpenAI's `.pt` archive, OpenCLIP's weights with `open_clip_config.json` beside
   them, TinyCLIP's `.pt`. Files have no tokenizer of their own: CLIP's vocabulary is
-  looked for beside them.
+  looked for beside them. A VISTA is a folder with one `.pth` and its text encoder's
+  files, or that `.pth`.
 
   Args:
     source: a folder, a file, or a hub id.
@@ -52,18 +71,84 @@ def read_model(source: str | os.PathLike, tokenizer: str = "") -> Pretrained:
   """
   path = Path(source).expanduser()
   if path.is_file():
+    if holds_vista(path):
+      return _read_vista(path.parent, path)
     return _read_file(path, tokenizer)
   folder = local_folder(source)
+  if is_vista(folder):
+    return _read_vista(folder)
   weights = open_clip_weights(folder)
   if weights is not None:
     return _read_file(weights, tokenizer)
+  _refuse_half(folder)
   if tokenizer:
     processor = Processor(
       Processor.images_from_folder(folder), find_tokenizer(tokenizer)
     )
   else:
     processor = Processor.from_folder(folder)  # before the weights: quick to fail
-  return Pretrained(*read_pretrained(folder), processor)
+  return Pretrained(*read_clip(folder), processor)
+
+
+def read_pretrained(
+  folder: str | os.PathLike,
+) -> tuple[Config, FusionSettings, dict[str, Any]]:
+  """What `write_pretrained` wrote, or a folder of Hugging Face's: shape, fusion, weights.
+
+  Raises:
+    UserError: see `read_clip` and `read_vista`; or it holds a text encoder alone.
+  """
+  if is_vista(folder):
+    config, params = read_vista(folder)
+    return config, FusionSettings(), params
+  _refuse_half(Path(folder))
+  return read_clip(folder)
+
+
+def write_pretrained(
+  folder: str | os.PathLike,
+  config: Config,
+  params: Mapping[str, Any],
+  fusion: FusionSettings | None = None,
+) -> None:
+  """Writes what `read_pretrained` gives back to the bit. Needs no PyTorch.
+
+  Raises:
+    UserError: the folder cannot be written.
+    ValueError: the parameters are not of this config.
+  """
+  if isinstance(config, VistaConfig):
+    write_vista(folder, config, params)
+  else:
+    write_clip(folder, config, params, fusion)
+
+
+def fitted(processor: Processor, config: Config) -> Processor:
+  """The processor that a folder gave, for the model that it holds.
+
+  A VISTA's `.pth` brings no image settings: pictures are as large as its tower wants.
+  """
+  if not isinstance(config, VistaConfig):
+    return processor
+  size = config.vision.image_size
+  image = dataclasses.replace(processor.image, shortest_edge=size, crop_size=size)
+  return dataclasses.replace(processor, image=image)
+
+
+def _read_vista(folder: Path, file: Path | None = None) -> Pretrained:
+  processor = Processor.from_folder(folder)  # before the weights: quick to fail
+  config, params = read_vista(folder, file)
+  return Pretrained(config, FusionSettings(), params, fitted(processor, config))
+
+
+def _refuse_half(folder: Path) -> None:
+  if is_text_encoder(folder):
+    kind = read_json(folder / CONFIG)["model_type"]
+    raise UserError(
+      f"{folder} holds a text encoder alone ({kind}), half of a VISTA: put a VISTA's .pth "
+      f"there, or train one from it: config.init.pretrained={folder} with "
+      "config.init.image_tower."
+    )
 
 
 def _read_file(file: Path, tokenizer: str) -> Pretrained:
@@ -84,8 +169,8 @@ def _read_file(file: Path, tokenizer: str) -> Pretrained:
     return Pretrained(read.config, FusionSettings(), read.params(), processor)
 
 
-def find_tokenizer(source: str | os.PathLike) -> Tokenizer:
-  """CLIP's vocabulary from a folder, a hub id, or `bpe_simple_vocab_16e6.txt.gz`.
+def find_tokenizer(source: str | os.PathLike) -> Tokenizer | EncoderTokenizer:
+  """A vocabulary from a folder, a hub id, or CLIP's `bpe_simple_vocab_16e6.txt.gz`.
 
   Raises:
     UserError: it is not there, or is something else.
@@ -93,7 +178,7 @@ def find_tokenizer(source: str | os.PathLike) -> Tokenizer:
   path = Path(source).expanduser()
   if path.is_file():
     return Tokenizer.from_merges(path)
-  return Tokenizer.from_folder(local_folder(source, weights=False))
+  return read_tokenizer(local_folder(source, weights=False))
 
 
 def _tokenizer_beside(file: Path) -> Tokenizer:

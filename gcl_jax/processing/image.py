@@ -41,6 +41,8 @@ class ImageProcessor:
     mean, std: per channel, of values in 0..1.
     resample: Pillow's number of the filter: 1 Lanczos, 2 bilinear, 3 bicubic.
     keep_aspect: False resizes both sides to `shortest_edge`.
+    round_crop: where the centre crop begins if the excess is odd: torchvision rounds
+      half of it to even, transformers down. One pixel, in every fourth size.
   """
 
   shortest_edge: int = 224
@@ -49,6 +51,7 @@ class ImageProcessor:
   std: tuple[float, float, float] = CLIP_STD
   resample: int = 3
   keep_aspect: bool = True
+  round_crop: bool = False
 
   @property
   def image_size(self) -> int:
@@ -63,7 +66,7 @@ class ImageProcessor:
       return self._strip(image, (width, height))
     if image.size != (width, height):
       image = image.resize((width, height), Image.Resampling(self.resample))
-    return _center_crop(np.asarray(image), self.crop_size)
+    return self._center_crop(np.asarray(image))
 
   def normalize(self, pixels: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """((x / 255) - mean) / std in float32, channels last; any leading shape.
@@ -125,7 +128,8 @@ class ImageProcessor:
         raise ValueError(f"image_std {std}")
     except (KeyError, TypeError, ValueError) as error:
       refuse(f"not understood: {error}")
-    return cls(edge, crop, mean, std, int(resample), keep_aspect)
+    rounds = d.get("round_crop", False) is True  # ours: transformers has no word for it
+    return cls(edge, crop, mean, std, int(resample), keep_aspect, rounds)
 
   def to_dict(self) -> dict[str, Any]:
     """The layout of a `preprocessor_config.json`, for `CLIPImageProcessor`."""
@@ -145,6 +149,7 @@ class ImageProcessor:
       "do_normalize": True,
       "image_mean": list(self.mean),
       "image_std": list(self.std),
+      **({"round_crop": True} if self.round_crop else {}),
     }
 
   def resized(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -158,6 +163,22 @@ class ImageProcessor:
       return edge, int(edge * height / width)
     return int(edge * width / height), edge
 
+  def _first(self, length: int, kept: int) -> int:
+    """Where the middle `kept` pixels of so many begin."""
+    return round((length - kept) / 2) if self.round_crop else (length - kept) // 2
+
+  def _center_crop(self, pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) to a contiguous (S, S, 3), black where there is nothing."""
+    size = self.crop_size
+    out = np.zeros((size, size, 3), np.uint8)
+    source, target = [], []
+    for length in pixels.shape[:2]:
+      start = self._first(length, size)  # below zero: -start black pixels come first
+      source.append(slice(max(start, 0), max(start, 0) + size))
+      target.append(slice(max(-start, 0), max(-start, 0) + min(length, size)))
+    out[tuple(target)] = pixels[tuple(source)]
+    return out
+
   def _strip(self, image: Image.Image, resized: tuple[int, int]) -> np.ndarray:
     """`pixels` of a long picture, computing only what the crop keeps of the long side.
 
@@ -168,7 +189,7 @@ class ImageProcessor:
     """
     axis = 0 if image.width > image.height else 1
     keep = min(self.crop_size, resized[axis])
-    first = (resized[axis] - keep) // 2
+    first = self._first(resized[axis], keep)
     starts, weights = _taps(
       image.size[axis], resized[axis], range(first, first + keep), self.resample
     )
@@ -188,7 +209,7 @@ class ImageProcessor:
       else:
         short = (part.width, resized[1]) if axis == 0 else (resized[0], part.height)
         part = part.resize(short, Image.Resampling(self.resample))
-    return _center_crop(np.asarray(part), self.crop_size)
+    return self._center_crop(np.asarray(part))
 
 
 @functools.cache
@@ -203,18 +224,6 @@ def _tall_shrinks_down_first() -> bool:
   across_first = image.resize((8, 900), bicubic).resize((8, 720), bicubic)
   whole = image.resize((8, 720), bicubic)
   return not np.array_equal(np.asarray(whole), np.asarray(across_first))
-
-
-def _center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-  """uint8 (H, W, 3) to a contiguous (size, size, 3), black where there is nothing."""
-  out = np.zeros((size, size, 3), np.uint8)
-  source, target = [], []
-  for length in pixels.shape[:2]:
-    start = (length - size) // 2  # below zero: -start black pixels come first
-    source.append(slice(max(start, 0), max(start, 0) + size))
-    target.append(slice(max(-start, 0), max(-start, 0) + min(length, size)))
-  out[tuple(target)] = pixels[tuple(source)]
-  return out
 
 
 def _bilinear(x: float) -> float:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gcl_jax.errors import UserError
+from gcl_jax.processing.encoder_tokenizer import EncoderTokenizer, is_encoder_tokenizer
 from gcl_jax.processing.image import ImageProcessor
 from gcl_jax.processing.tokenizer import Tokenizer
 
+VISTA_SIZE = 224  # pixels a side, of every VISTA that was published
 _IMAGE_FILE = "preprocessor_config.json"
 _NESTED_FILE = "processor_config.json"
 
@@ -21,19 +23,20 @@ class Processor:
   """What turns pictures and texts into a model's inputs."""
 
   image: ImageProcessor
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | EncoderTokenizer
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike) -> Processor:
-    """Reads a Hugging Face CLIP folder, as saved by transformers 4 or 5.
+    """Reads a Hugging Face CLIP folder, as saved by transformers 4 or 5, or a VISTA's.
 
     A `processor_config.json` that holds the image processor wins over
-    `preprocessor_config.json`, as in transformers.
+    `preprocessor_config.json`, as in transformers. A text encoder's folder without
+    either has VISTA's settings.
 
     Raises:
       UserError: names the file that is missing or not understood.
     """
-    return cls(cls.images_from_folder(folder), Tokenizer.from_folder(folder))
+    return cls(cls.images_from_folder(folder), read_tokenizer(folder))
 
   @staticmethod
   def images_from_folder(folder: str | os.PathLike) -> ImageProcessor:
@@ -41,6 +44,9 @@ class Processor:
     folder = Path(folder)
     if not folder.is_dir():
       raise UserError(f"no folder {folder}. Give the folder of a Hugging Face CLIP.")
+    given = any((folder / name).is_file() for name in (_NESTED_FILE, _IMAGE_FILE))
+    if not given and is_encoder_tokenizer(folder):
+      return _vista_images(VISTA_SIZE)
     settings, where = _image_settings(folder)
     return ImageProcessor.from_dict(settings, str(where))
 
@@ -53,12 +59,22 @@ class Processor:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = self.image.to_dict()
-    _write(folder / _IMAGE_FILE, settings | {"processor_class": "CLIPProcessor"})
+    settings, name = self.image.to_dict(), self.tokenizer.processor_class
+    of_class = {"processor_class": name} if name else {}
+    _write(folder / _IMAGE_FILE, settings | of_class)
     if (folder / _NESTED_FILE).exists():
-      nested = {"image_processor": settings, "processor_class": "CLIPProcessor"}
-      _write(folder / _NESTED_FILE, nested)
+      _write(folder / _NESTED_FILE, {"image_processor": settings, **of_class})
     self.tokenizer.save(folder)
+
+
+def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | EncoderTokenizer:
+  """A folder's tokenizer, of a CLIP or of a text encoder.
+
+  Raises:
+    UserError: files are missing or broken, or are of neither.
+  """
+  of_encoder = is_encoder_tokenizer(folder)
+  return (EncoderTokenizer if of_encoder else Tokenizer).from_folder(folder)
 
 
 def default_clip_processor(image_size: int, tokenizer: Tokenizer) -> Processor:
@@ -66,6 +82,17 @@ def default_clip_processor(image_size: int, tokenizer: Tokenizer) -> Processor:
   return Processor(
     ImageProcessor(shortest_edge=image_size, crop_size=image_size), tokenizer
   )
+
+
+def default_vista_processor(
+  image_size: int, tokenizer: Tokenizer | EncoderTokenizer
+) -> Processor:
+  """VISTA's settings: CLIP's numbers, and torchvision's way to find the centre."""
+  return Processor(_vista_images(image_size), tokenizer)
+
+
+def _vista_images(size: int) -> ImageProcessor:
+  return ImageProcessor(shortest_edge=size, crop_size=size, round_crop=True)
 
 
 def _image_settings(folder: Path) -> tuple[dict[str, Any], Path]:

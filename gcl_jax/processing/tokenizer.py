@@ -50,6 +50,8 @@ class Tokenizer:
   Pickles and copies (data workers get their own). Safe to call from several threads.
   """
 
+  processor_class = "CLIPProcessor"
+
   def __init__(
     self,
     backend: tokenizers.Tokenizer,
@@ -83,7 +85,7 @@ class Tokenizer:
     if not 2 <= width <= self.max_length:
       raise ValueError(f"length {width} is not within 2..{self.max_length}")
     out = np.full((len(texts), width), self.pad_id, np.int32)
-    encoded = self._backend.encode_batch_fast([_whole(text) for text in texts])
+    encoded = self._backend.encode_batch_fast([whole(text) for text in texts])
     for row, encoding in zip(out, encoded, strict=True):
       ids = encoding.ids
       row[: len(ids)] = ids[:width]
@@ -93,7 +95,7 @@ class Tokenizer:
 
   def reads_like(self, other: Tokenizer) -> bool:
     """Whether both give every text the same ids, but for length and padding."""
-    return self._spelling() == other._spelling()
+    return isinstance(other, Tokenizer) and self._spelling() == other._spelling()
 
   def _spelling(self) -> tuple[Any, ...]:
     parts = json.loads(self._backend.to_str())
@@ -102,7 +104,11 @@ class Tokenizer:
 
   def encode(self, text: str) -> list[int]:
     """The ids of one text, start and end included, at most `max_length`, unpadded."""
-    return self._backend.encode(_whole(text)).ids
+    return self._backend.encode(whole(text)).ids
+
+  def lengths(self, tokens: np.ndarray) -> np.ndarray:
+    """Of rows (B, L), the tokens of each: up to its first end token, which may pad."""
+    return (tokens == self.eos_id).argmax(axis=1) + 1
 
   def cut_to(self, max_length: int) -> Tokenizer:
     """The same, for texts of at most so many tokens."""
@@ -194,7 +200,7 @@ class Tokenizer:
       end_of_word_suffix="</w>",
       show_progress=False,
     )
-    backend.train_from_iterator((_whole(text) for text in texts), trainer)
+    backend.train_from_iterator((whole(text) for text in texts), trainer)
     learned = json.loads(backend.to_str())["model"]
     vocab = dict(learned["vocab"])
     for token in (BOS, EOS):
@@ -236,8 +242,8 @@ class Tokenizer:
     _write_json(folder / "special_tokens_map.json", self._names)
 
 
-def _whole(text: str) -> str:
-  """The text with lone surrogates replaced (Rust strings cannot hold them)."""
+def whole(text: str) -> str:
+  """A text with lone surrogates replaced (Rust strings cannot hold them)."""
   if not isinstance(text, str):
     raise TypeError(f"a text must be a str, not {type(text).__name__}")
   if text.isascii() or not _SURROGATE.search(text):

@@ -32,9 +32,9 @@ from gcl_jax.sharding import (
 if TYPE_CHECKING:
   from gcl_jax.models import Model
 
-# Token lengths that are compiled, beside the full one. Cutting padding is exact: the
-# text tower is causal and pools at the end token.
-_LENGTHS = (16, 32)
+# Token lengths that are compiled, beside the full one. Cutting padding is exact: a text
+# tower is causal and pools at the end token, or does not look at padding.
+_LENGTHS = (16, 32, 128, 512)
 _LARGEST_ID = 2  # this end token in a config means: pool at the largest id
 _WINDOW = 16  # batches of texts that are sorted by length together
 _IN_FLIGHT = 2  # batches on the devices while the next one is decoded
@@ -89,7 +89,11 @@ class Embedder:
       spans_processes(self.mesh),
     )
     self._functions = _functions(model, processor.image, self.mesh)
-    self._max_length = min(processor.tokenizer.max_length, model.config.text.context)
+    longest, shape = processor.tokenizer.max_length, model.config
+    self._longest = {
+      "text": min(longest, shape.text.context),
+      "both": min(longest, shape.pair_context),
+    }
     self.params = _placed(params, self.mesh)
 
   def with_params(self, params: Any) -> Embedder:
@@ -163,10 +167,13 @@ class Embedder:
     return self._threads
 
   def tokens(self, text: str) -> np.ndarray:
-    """One text as `start` takes it: int32 (L,), L one of few lengths."""
-    tokenizer = self.processor.tokenizer
-    ids = tokenizer([text], length=self._max_length)
-    return ids[0, : self._bucket(int(_lengths(ids, tokenizer.pad_id)[0]))]
+    """One text as `start` takes it: int32 (L,), L one of few lengths.
+
+    What does not fit beside an image a model cuts itself.
+    """
+    tokenizer, longest = self.processor.tokenizer, self._longest["text"]
+    ids = tokenizer([text], length=longest)
+    return ids[0, : _bucket(int(_lengths(ids, tokenizer.pad_id)[0]), longest)]
 
   def start(
     self, pixels: np.ndarray | None = None, tokens: np.ndarray | None = None
@@ -204,13 +211,13 @@ class Embedder:
           yield _Batch(kind, part, None)
           continue
         tokens = self.processor.tokenizer(
-          [documents[k].text for k in part], length=self._max_length
+          [documents[k].text for k in part], length=self._longest[kind]
         )
         lengths = _lengths(tokens, self.processor.tokenizer.pad_id)
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(part), size):
           chosen = order[start : start + size]
-          width = self._bucket(int(lengths[chosen].max()))
+          width = _bucket(int(lengths[chosen].max()), self._longest[kind])
           yield _Batch(kind, [part[k] for k in chosen], tokens[chosen, :width])
 
   def _run(
@@ -245,10 +252,6 @@ class Embedder:
     if failure is not None:
       raise failure
     return np.stack(pixels)
-
-  def _bucket(self, length: int) -> int:
-    fitting = [b for b in _LENGTHS if length <= b < self._max_length]
-    return fitting[0] if fitting else self._max_length
 
 
 class _Document(NamedTuple):
@@ -376,6 +379,11 @@ def _batch_sizes(batch_size: int, devices: int) -> tuple[int, ...]:
   largest = -(-batch_size // devices)
   powers = [2**k for k in range(largest.bit_length()) if 2**k < largest]
   return tuple(count * devices for count in [*powers, largest])
+
+
+def _bucket(length: int, longest: int) -> int:
+  fitting = [b for b in _LENGTHS if length <= b < longest]
+  return fitting[0] if fitting else longest
 
 
 def _lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:

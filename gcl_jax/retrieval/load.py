@@ -25,7 +25,8 @@ def load(
   Args:
     source: a run's folder (`--workdir` of a training), a CLIP folder of Hugging Face's
       or OpenCLIP's, the id of one on the hub, or a file of weights: OpenAI's `.pt`,
-      OpenCLIP's with `open_clip_config.json` beside it, TinyCLIP's `.pt`.
+      OpenCLIP's with `open_clip_config.json` beside it, TinyCLIP's `.pt`; or a VISTA's
+      `.pth` beside its text encoder's files.
     step: of a run, which checkpoint; None is the newest.
     tokenizer: of a model that has none of its own: a folder, a hub id or a file with
       CLIP's vocabulary; "" looks beside the weights.

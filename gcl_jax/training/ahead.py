@@ -115,6 +115,7 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
     patch_dropout=config.model.patch_dropout,
     locked=config.optimizer.locked_tower,
     teacher=teacher,
+    fused=config.loss.name == "gcl",
   )
   return Report(
     chips=mesh.size,

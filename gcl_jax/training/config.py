@@ -31,6 +31,9 @@ def default_config() -> ConfigDict:
 
   config.init = ConfigDict()
   config.init.pretrained = ""  # folder, hub id or workdir; "" starts from scratch
+  # Where pretrained is a text encoder (BGE, MiniLM), of which a VISTA begins: an EVA-CLIP
+  # file. "": a tower from scratch, of the sizes in model.hf.vision_config.
+  config.init.image_tower = ""
   # From scratch: cut the first weights out of this larger CLIP (folder, hub id or
   # workdir): first channels and heads, blocks evenly. "": random weights.
   config.init.inherit = ""

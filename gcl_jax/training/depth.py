@@ -16,7 +16,7 @@ from gcl_jax.sharding import map_with_path
 _TOWERS = ("vision", "text")
 # What comes before the blocks. What comes after them (last norm, projection) is not
 # slowed down, nor is what belongs to no tower.
-_INPUT = r"(patch|token|position|class)_embedding(/.*)?|pre_norm/.*"
+_INPUT = r"(patch|token|position|type|class)_embedding(/.*)?|(pre|embedding)_norm/.*"
 
 
 def depth_factors(decay: float, params: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from gcl_jax.models import Model
+from gcl_jax.models import Model, VistaConfig
 from gcl_jax.training.patch_dropout import kept_count
 
 # A tower that is trained: the forward, and twice as much backward.
@@ -26,6 +26,7 @@ def pair_flops(
   patch_dropout: float = 0.0,
   locked: str = "",
   teacher: Model | None = None,
+  fused: bool = True,
 ) -> int:
   """Operations that training needs of a pair; what MFU is a share of.
 
@@ -38,7 +39,27 @@ def pair_flops(
     patch_dropout: part of the patches that the image tower does not see.
     locked: "image" or "text": a tower without a backward.
     teacher: a model that embeds the pair too, without a backward.
+    fused: whether the loss asks for what a model makes of both, where that is a pass of
+      its own (VISTA).
   """
+  of_kind = _vista_flops if isinstance(model.config, VistaConfig) else _clip_flops
+  own = of_kind(model, text_length, patch_dropout, locked, fused)
+  if teacher is None:
+    return own
+  size = teacher.config.vision.image_size
+  pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+  tokens = jax.ShapeDtypeStruct((1, text_length), "int32")
+
+  def both(params, pixels, tokens):
+    return teacher.bind(params).embed_pair(pixels, tokens)
+
+  return own + 2 * multiply_adds(both, teacher.abstract(), pixels, tokens)
+
+
+def _clip_flops(
+  model: Model, text_length: int, patch_dropout: float, locked: str, fused: bool
+) -> int:
+  del fused  # a sum
   size, patches = model.config.vision.image_size, model.config.vision.grid**2
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
   tokens = jax.ShapeDtypeStruct((1, text_length), "int32")
@@ -53,18 +74,48 @@ def pair_flops(
 
   params = model.abstract()
   passes = {name: _LOCKED if name == locked else _TRAINED for name in ("image", "text")}
-  own = 2 * (
+  return 2 * (
     passes["image"] * multiply_adds(image, params, pixels, kept)
     + passes["text"] * multiply_adds(text, params, tokens)
   )
-  if teacher is None:
-    return own
 
-  def both(params, pixels, tokens):
-    bound = teacher.bind(params)
-    return bound.embed_image(pixels), bound.embed_text(tokens)
 
-  return own + 2 * multiply_adds(both, teacher.abstract(), pixels, tokens)
+def _vista_flops(
+  model: Model, text_length: int, patch_dropout: float, locked: str, fused: bool
+) -> int:
+  """The image tower once, the encoder on each document. Through a locked encoder the
+  gradient of the image tower still passes: a backward without that of its kernels."""
+  size, patches = model.config.vision.image_size, model.config.vision.grid**2
+  pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+  tokens = jax.ShapeDtypeStruct((1, text_length), "int32")
+  kept = jax.ShapeDtypeStruct((1, kept_count(patches, patch_dropout)), "int32")
+  params = model.abstract()
+
+  def tower(params, pixels, kept):
+    return model.bind(params).embed_patches(pixels, kept if patch_dropout else None)
+
+  def image(params, pixels, kept):
+    options = {"kept_patches": kept} if patch_dropout else {}
+    return model.bind(params).embed_image(pixels, **options)
+
+  def both(params, pixels, tokens, kept):
+    options = {"kept_patches": kept} if patch_dropout else {}
+    return model.bind(params).embed_both(pixels, tokens, **options)
+
+  def text(params, tokens):
+    return model.bind(params).embed_text(tokens)
+
+  of_tower = multiply_adds(tower, params, pixels, kept)
+  beside = multiply_adds(image, params, pixels, kept) - of_tower
+  if fused:
+    beside += multiply_adds(both, params, pixels, tokens, kept) - of_tower
+  alone = multiply_adds(text, params, tokens)
+  through = 2 if locked == "text" else _TRAINED
+  return 2 * (
+    of_tower * (_LOCKED if locked == "image" else _TRAINED)
+    + beside * through
+    + alone * (_LOCKED if locked == "text" else _TRAINED)
+  )
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:

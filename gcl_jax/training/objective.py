@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gcl_jax.errors import UserError
-from gcl_jax.fusion import fuse
+from gcl_jax.fusion import Mix, fuse
 from gcl_jax.losses import (
   affinity_loss,
   contrastive_loss,
@@ -100,6 +100,7 @@ def make_objective(
     inputs = batch["pixels"], batch["tokens"]
     # In microbatches a device's rows are its own already.
     with used_on(mesh) if config.microbatches == 1 else contextlib.nullcontext():
+      # Of a model that fuses by itself `mix` is the bank of what it makes of pairs.
       image, text, mix = embed(params, (*inputs, options))
       if teacher:
         frozen = jax.lax.stop_gradient(constants["teacher_params"])
@@ -177,7 +178,7 @@ def _diagnostics(directions, mix, present, scale) -> dict[str, jax.Array]:
   """Per-direction losses, the logit scale, and the ratio of raw norms text : image.
 
   The ratio is that of the mix, beta / alpha, averaged over whole pairs as a geometric
-  mean: when text norms swamp the sum, fused retrieval dies.
+  mean: when text norms swamp the sum, fused retrieval dies. A bank has none.
   """
   names = ("image", "text", "fused")
   metrics = {
@@ -186,6 +187,9 @@ def _diagnostics(directions, mix, present, scale) -> dict[str, jax.Array]:
     for b in range(3)
     if a != b
   }
+  metrics["logit_scale"] = scale
+  if not isinstance(mix, Mix):
+    return metrics
   both = present["has_image"] & present["has_text"]
   count = jnp.maximum(both.sum(), 1)
   tiny = jnp.float32(1e-6)
@@ -193,5 +197,4 @@ def _diagnostics(directions, mix, present, scale) -> dict[str, jax.Array]:
   largest = jnp.maximum(mix.alpha, mix.beta)
   metrics["fusion/norm_ratio"] = jnp.exp(jnp.where(both, log_ratio, 0).sum() / count)
   metrics["fusion/largest_weight"] = jnp.where(both, largest, 0).max()
-  metrics["logit_scale"] = scale
   return metrics

@@ -19,6 +19,7 @@ LOCKS = {
   "image": r"(lora/)?(vision|image_projection)/.*",
   "text": r"(lora/)?(text|text_projection)/.*",
 }
+_FIXED = "fixed/"  # what a file holds and no training moves (`models/vista.py`)
 _BASE_OF_LORA = r"(vision|text|image_projection|text_projection)/.*"
 
 
@@ -86,8 +87,9 @@ def multipliers(config: ConfigDict, params: Any) -> Any:
 def frozen_mask(config: ConfigDict, temperature: ConfigDict, params: Any) -> Any:
   """A tree of Python bools: what the run must not change, to the bit.
 
-  That is a fixed logit scale, a locked tower, whatever has a factor of 0, and beside
-  LoRA's factors (`lora/...`) all of the towers and projections.
+  That is a fixed logit scale, a locked tower, whatever has a factor of 0, what a model
+  never trains (`fixed/...`), and beside LoRA's factors (`lora/...`) all of the towers
+  and projections.
   """
   factors = multipliers(config, params)
 
@@ -95,7 +97,8 @@ def frozen_mask(config: ConfigDict, temperature: ConfigDict, params: Any) -> Any
     fixed_scale = path == "logit_scale" and temperature.mode == "fixed"
     locked = config.locked_tower and re.fullmatch(LOCKS[config.locked_tower], path)
     base = "lora" in params and re.fullmatch(_BASE_OF_LORA, path)
-    return bool(fixed_scale or locked or base or factor == 0.0)
+    fixed = path.startswith(_FIXED)
+    return bool(fixed_scale or locked or base or fixed or factor == 0.0)
 
   return map_with_path(frozen, factors)
 

@@ -185,6 +185,7 @@ def train(
       patch_dropout=config.model.patch_dropout,
       locked=config.optimizer.locked_tower,
       teacher=parts.teacher.model if parts.teacher else None,
+      fused=config.loss.name == "gcl",
     )
     run_loop(
       state,
@@ -383,7 +384,7 @@ def _weight_watch(config: ConfigDict) -> Callable[[int, Mapping[str, float]], No
 
   def watch(step: int, values: Mapping[str, float]) -> None:
     nonlocal quiet
-    largest = values["fusion/largest_weight"]
+    largest = values.get("fusion/largest_weight", 0.0)  # no sum, no weights
     if quiet or largest <= _LARGE_WEIGHT:
       return
     quiet = True

@@ -7,19 +7,39 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcl_jax.checkpoints import RunDescription
+from gcl_jax.checkpoints import RunDescription, is_run
 from gcl_jax.data import Source
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import CLIPConfig, Model, build, find_tokenizer, named_config
+from gcl_jax.models import (
+  Config,
+  Model,
+  VistaConfig,
+  build,
+  config_from_dict,
+  eva_from_hf,
+  find_tokenizer,
+  fitted,
+  is_text_encoder,
+  local_folder,
+  read_towers,
+  shape_of_name,
+)
 from gcl_jax.models.inherit import inherited
-from gcl_jax.processing import Processor, Tokenizer, default_clip_processor
+from gcl_jax.processing import (
+  EncoderTokenizer,
+  Processor,
+  Tokenizer,
+  default_clip_processor,
+  default_vista_processor,
+)
 from gcl_jax.training.weights import read_processor, read_weights
 
 _TOKENIZER_SAMPLE = 200_000  # captions that a vocabulary of our own is learned from
@@ -41,7 +61,9 @@ def make_start(
   Args:
     config: the run's. `init.pretrained` names what `models.read_model` reads, or
       another run's folder; "" starts from random weights in the shape of
-      `model.name` and `model.hf`.
+      `model.name` and `model.hf`. Of a text encoder's folder a VISTA begins, whose
+      image tower is `init.image_tower`, or drawn in the shape of
+      `model.hf.vision_config`.
     source: the training records; a vocabulary of our own is learned from its captions.
     stored: the run that goes on; its shape and its processor are kept.
     trained: a checkpoint of it is there: nothing but its shape is needed, and what it
@@ -84,17 +106,17 @@ def model_from_config(config: ConfigDict) -> Model:
   """
   if config.init.pretrained:
     return _pretrained(config, _fusion(config)).model
-  fields = _fields(config)
+  fields, words = _fields(config), {}
   if config.tokenizer.path:
     words = _words(find_tokenizer(config.tokenizer.path))
   elif _elder(config):
     words = _words(read_processor(_elder(config)).tokenizer)
-  else:
+  elif not _is_vista(fields):  # which brings its vocabulary
     entries = config.tokenizer.vocab_size
     words = {"vocab_size": entries, "eos_token_id": entries - 1}
     words |= {"bos_token_id": entries - 2, "pad_token_id": entries - 1}
   fields = _merged(fields, {"text_config": words})
-  return _build(config, CLIPConfig.from_hf(fields), _fusion(config))
+  return _build(config, config_from_dict(fields), _fusion(config))
 
 
 def _fusion(config: ConfigDict) -> FusionSettings:
@@ -106,7 +128,12 @@ def _fusion(config: ConfigDict) -> FusionSettings:
   )
 
 
-def _build(config: ConfigDict, shape: CLIPConfig, fusion: FusionSettings) -> Model:
+def _build(config: ConfigDict, shape: Config, fusion: FusionSettings) -> Model:
+  if isinstance(shape, VistaConfig) and fusion != FusionSettings():
+    raise UserError(
+      "config.fusion weighs what score fusion adds, and a VISTA's encoder fuses by itself: "
+      "leave config.fusion as it is."
+    )
   return build(shape, fusion=fusion, dtype=config.model.dtype, remat=config.model.remat)
 
 
@@ -129,6 +156,15 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
       f"config.init.inherit={config.init.inherit!r} cuts the first weights of a model "
       f"from scratch, but config.init.pretrained={name!r} has them: set one of the two."
     )
+  encoder = _text_encoder(name)
+  if encoder is not None:
+    return _begun(config, fusion, encoder)
+  if config.init.image_tower:
+    raise UserError(
+      f"config.init.image_tower={config.init.image_tower!r} is of a model that begins "
+      f"from a text encoder, but config.init.pretrained={name!r} is a whole model: leave it "
+      "empty."
+    )
   shape, its_fusion, params, processor = read_weights(name, config.tokenizer.path)
   if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
     print(
@@ -146,6 +182,36 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
   return Start(_build(config, shape, fusion), processor, start)
 
 
+def _text_encoder(name: str) -> Path | None:
+  """The folder of a text encoder alone; None if it is something else."""
+  if is_run(name) or Path(name).expanduser().is_file():
+    return None
+  folder = local_folder(name)
+  return folder if is_text_encoder(folder) else None
+
+
+def _begun(config: ConfigDict, fusion: FusionSettings, folder: Path) -> Start:
+  """A VISTA of a trained text encoder."""
+  tower = config.init.image_tower
+  if not tower:
+    fields = config.model.hf.to_dict().get("vision_config")
+    if not fields:
+      raise UserError(
+        f"config.init.pretrained={str(folder)!r} is a text encoder alone, from which a "
+        "VISTA begins: name an EVA-CLIP file in config.init.image_tower, or give "
+        "config.model.hf.vision_config for an image tower from scratch."
+      )
+    tower = eva_from_hf(fields)
+  processor = Processor.from_folder(folder)
+  shape, params = read_towers(folder, tower, config.seed)
+  start = functools.partial(_with_scale, config, params)
+  return Start(_build(config, shape, fusion), fitted(processor, shape), start)
+
+
+def _is_vista(fields: dict) -> bool:
+  return fields.get("model_type") == VistaConfig.model_type
+
+
 def _elder(config: ConfigDict) -> str:
   """Whose tokenizer and image processor a model from scratch takes; "" for its own."""
   return config.init.inherit or config.distill.teacher
@@ -153,6 +219,11 @@ def _elder(config: ConfigDict) -> str:
 
 def _heir(config: ConfigDict, model: Model) -> Callable[[], Any]:
   larger = read_weights(config.init.inherit, config.tokenizer.path)
+  if any(isinstance(shape, VistaConfig) for shape in (larger.config, model.config)):
+    raise UserError(
+      f"config.init.inherit={config.init.inherit!r}: weights are inherited from CLIP to CLIP, "
+      "and one of the two is a VISTA."
+    )
   params = inherited(larger.params, larger.config, model.config)
   if "fusion" in model.abstract():
     params["fusion"] = {
@@ -169,7 +240,7 @@ def _fields(config: ConfigDict) -> dict:
       "nothing to start from: set config.init.pretrained to a folder or hub id, or "
       "config.model.name to a named shape."
     )
-  fields = named_config(config.model.name).to_hf() if config.model.name else {}
+  fields = shape_of_name(config.model.name).to_hf() if config.model.name else {}
   fields = _merged(fields, config.model.hf.to_dict())
   if config.model.image_size:
     size = {"vision_config": {"image_size": config.model.image_size}}
@@ -186,21 +257,33 @@ def _from_scratch(
     tokenizer = find_tokenizer(config.tokenizer.path)
   elif elder:
     tokenizer = read_processor(elder).tokenizer
+  elif _is_vista(fields):
+    raise UserError(
+      "a VISTA from scratch needs the vocabulary of a text encoder: name a folder with "
+      "its tokenizer files in config.tokenizer.path."
+    )
   else:
     tokenizer = Tokenizer.train(
       _captions(source, config.seed),
       config.tokenizer.vocab_size,
-      CLIPConfig.from_hf(fields).text.context,
+      config_from_dict(fields).text.context,
     )
-  shape = CLIPConfig.from_hf(_merged(fields, {"text_config": _words(tokenizer)}))
-  processor = default_clip_processor(shape.vision.image_size, tokenizer)
+  if _is_vista(fields) != isinstance(tokenizer, EncoderTokenizer):
+    wanted = "a text encoder's (BERT, XLM-RoBERTa)" if _is_vista(fields) else "a CLIP's"
+    raise UserError(
+      f"config.tokenizer.path={config.tokenizer.path!r} holds a tokenizer of another "
+      f"kind: this model takes {wanted}."
+    )
+  shape = config_from_dict(_merged(fields, {"text_config": _words(tokenizer)}))
+  default = default_vista_processor if _is_vista(fields) else default_clip_processor
+  processor = default(shape.vision.image_size, tokenizer)
   if elder:
     images = read_processor(elder, config.tokenizer.path).image
     processor = dataclasses.replace(processor, image=images)
   return _build(config, shape, fusion), processor
 
 
-def _words(tokenizer: Tokenizer) -> dict[str, int]:
+def _words(tokenizer: Tokenizer | EncoderTokenizer) -> dict[str, int]:
   return {
     "vocab_size": tokenizer.vocab_size,
     "bos_token_id": tokenizer.bos_id,

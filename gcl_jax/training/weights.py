@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from gcl_jax.checkpoints import is_run, read_description, read_run
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import CLIPConfig, read_model
+from gcl_jax.models import Config, read_model
 from gcl_jax.processing import Processor
 
 
 class Weights(NamedTuple):
   """What a model's files hold; `params` are NumPy arrays, `fusion` among them if learned."""
 
-  config: CLIPConfig
+  config: Config
   fusion: FusionSettings
   params: Any
   processor: Processor

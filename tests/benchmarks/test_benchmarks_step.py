@@ -11,7 +11,7 @@ import torch
 from benchmarks import step, step_sides, step_startup
 from benchmarks.step_sides import Ours, PyTorch, agreement
 from gcl_jax.errors import UserError
-from gcl_jax.models import CLIPConfig, build
+from gcl_jax.models import CLIPConfig, VistaConfig, build
 from gcl_jax.processing import ImageProcessor
 from gcl_jax.training.config import default_config
 
@@ -26,6 +26,7 @@ _SHAPE = {
   "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8},
   "text_config": {**_TOWER, "max_position_embeddings": 12},
 }
+_LAST = list(range(16, 24))  # the fused rows of eight pairs
 _WORDS = {
   "vocab_size": 50,
   "bos_token_id": 48,
@@ -67,6 +68,30 @@ def test_both_sides_train_alike(parts, batch):
   assert found.loss < 1e-6 and found.movement < 1e-3
 
 
+def test_both_sides_train_a_vista_alike(parts, batch):
+  config = parts[0].copy_and_resolve_references()
+  config.temperature.mode = "fixed"
+  config.optimizer.learning_rate = 1e-4
+  fields = {**_TOWER, "intermediate_size": 20}
+  shape = {
+    "vision_config": {**fields, "image_size": 16, "patch_size": 8, "projection_dim": 4},
+    "text_config": {
+      **_TOWER,
+      "max_position_embeddings": 16,
+      "vocab_size": 50,
+      "bos_token_id": 48,
+      "eos_token_id": 49,
+    },
+  }
+  model = build(VistaConfig.from_hf(shape))
+  params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0)))
+  jax.config.update("jax_disable_most_optimizations", True)
+  given = (config, model, parts[2], params)
+  found = agreement(Ours(*given), PyTorch(*given), batch)
+  jax.config.update("jax_disable_most_optimizations", False)
+  assert found.loss < 1e-6 and found.movement < 1e-2
+
+
 def test_it_is_seen_where_sides_do_not_train_alike(parts, batch, monkeypatch):
   config = parts[0].copy_and_resolve_references()
   config.optimizer.weight_decay = 0.0
@@ -76,7 +101,9 @@ def test_it_is_seen_where_sides_do_not_train_alike(parts, batch, monkeypatch):
   monkeypatch.setattr(
     step_sides,
     "gcl_loss",
-    lambda image, text, scale: loss(image, text if next(calls) else image, scale),
+    lambda rows, scale: loss(
+      rows if next(calls) else rows[[*range(8)] * 2 + _LAST], scale
+    ),
   )
   found = agreement(PyTorch(*parts), PyTorch(*parts), batch)
   assert found.loss > 1e-2 and found.movement > 1e-1

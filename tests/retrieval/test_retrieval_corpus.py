@@ -40,6 +40,7 @@ class Small:
       projection_dim=4,
       vision=SimpleNamespace(image_size=16),
       text=SimpleNamespace(vocab_size=600, context=40, eos_id=539),
+      pair_context=40,
     )
 
   def bind(self, params):

@@ -36,6 +36,7 @@ class Known:
       projection_dim=3,
       vision=SimpleNamespace(image_size=16),
       text=SimpleNamespace(vocab_size=600, context=40, eos_id=self.eos_id),
+      pair_context=40,
     )
 
   def bind(self, params):

@@ -1,0 +1,43 @@
+"""The paper's recipe on VISTA, its headline model: fine-tune on plain pairs.
+
+    python -m gcl_jax.train --config=configs/vista.py \\
+        --config.init.pretrained=<folder> --config.data.path=data/flickr8k
+
+The folder holds a published `.pth` (Visualized_base_en_v1.5.pth or Visualized_m3.pth, of
+BAAI/bge-visualized) beside the files of its text encoder (config.json and tokenizer of
+BAAI/bge-base-en-v1.5, or BAAI/bge-m3).
+
+The paper starts before VISTA's second stage, whose weights were not published. To train
+the first stage oneself, `configs/vista.py:stage1` begins from a text encoder and an
+EVA-CLIP file, and keeps the encoder as it is:
+
+    python -m gcl_jax.train --config=configs/vista.py:stage1 \\
+        --config.init.pretrained=BAAI/bge-base-en-v1.5 \\
+        --config.init.image_tower=EVA02_CLIP_B_psz16_s8B.pt --config.data.path=...
+
+What is the paper's and what is ours: `gcl_jax/training/paper.py`.
+"""
+
+from gcl_jax.errors import UserError
+from gcl_jax.training.paper import paper_recipe
+
+
+def get_config(variant: str = "finetune"):
+  """Fine-tuning of a VISTA; `variant` is finetune or stage1."""
+  if variant not in ("finetune", "stage1"):
+    raise UserError(f"configs/vista.py:{variant}: there are finetune, stage1.")
+  config = paper_recipe()
+  config.name = f"vista_{variant}"
+  if variant == "stage1":
+    config.optimizer.locked_tower = "text"  # VISTA's
+
+  # VISTA's own: the temperature is 0.02 and stays so, the learning rate 2e-5.
+  config.temperature.mode = "fixed"
+  config.temperature.logit_scale = 50.0
+  config.optimizer.learning_rate = 2e-5
+  config.optimizer.weight_decay = 0.0
+
+  # Ours: as configs/clip.py.
+  config.model.dtype = "bfloat16"
+  config.model.remat = "full"
+  return config

@@ -1,0 +1,284 @@
+"""A VISTA is trained, resumed, searched with and handed to PyTorch as a CLIP is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from gcl_jax.errors import UserError
+from gcl_jax.models import build, read_pretrained
+from gcl_jax.processing import EncoderTokenizer, ImageProcessor
+from gcl_jax.sharding import make_mesh, map_with_path
+from gcl_jax.training.config import default_config
+from gcl_jax.training.flops import pair_flops
+from gcl_jax.training.objective import make_objective
+from gcl_jax.training.optimizer import frozen_mask
+from gcl_jax.training.start import make_start, model_from_config
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "models"))
+import vista_cases as cases  # noqa: E402
+
+WORDS = (
+  "[PAD]",
+  "[UNK]",
+  "[CLS]",
+  "[SEP]",
+  "a",
+  "the",
+  "red",
+  "blue",
+  "green",
+  "circle",
+)
+WORDS += ("square", "triangle", "small", "large", "two", "left", "right", "above", "of")
+
+
+def recipe(variant: str = "finetune", **fields):
+  """configs/vista.py at a size for tests."""
+  namespace: dict = {}
+  path = ROOT / "configs" / "vista.py"
+  exec(compile(path.read_text(), str(path), "exec"), namespace)
+  config = namespace["get_config"](variant)
+  small = {
+    "model.dtype": "float32",
+    "batch_size": 16,
+    "steps": 2,
+    "data.source": "scenes",
+    "data.scenes_train_size": 64,
+    "data.scenes_image_size": 32,
+    "data.text_buckets": (24,),
+    "data.threads": 1,
+    "eval.max_items": 16,
+    "eval.before": False,
+    "eval.batch_size": 16,
+    "checkpoint.every": 1,
+    "log.every": 1,
+    "log.tensorboard": False,
+    "optimizer.learning_rate": 1e-3,
+  }
+  config.update_from_flattened_dict({**small, **fields})
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  from gcl_jax.train import train_and_evaluate
+
+  root = tmp_path_factory.mktemp("vista")
+  cases.write_folder(root / "hub")
+  cases.write_tokenizer(root / "hub", WORDS)
+  config = recipe(**{"init.pretrained": str(root / "hub")})
+  train_and_evaluate(config, root / "run")
+  return root, config
+
+
+def test_training_moves_both_towers_and_not_what_is_fixed(trained):
+  from gcl_jax.checkpoints import read_run
+
+  root, _ = trained
+  before, after = read_pretrained(root / "hub")[2], read_run(root / "run")[1]
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+  assert not any(jax.tree.leaves(moved["fixed"]))
+  for part in ("vision", "text", "image_projection"):
+    assert all(jax.tree.leaves(moved[part])), part
+  np.testing.assert_allclose(np.exp(after["logit_scale"]), 50, rtol=1e-6)
+  lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  losses = [line for line in values if "loss" in line]
+  assert len(losses) == 2 and all(np.isfinite(line["loss"]) for line in losses)
+  assert all(line["loss/text_to_fused"] > 0 for line in losses)
+  assert not any(name.startswith("fusion/") for name in losses[0])
+
+
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(trained):
+  from gcl_jax.checkpoints import read_run
+  from gcl_jax.train import train_and_evaluate
+
+  root, config = trained
+  shutil.copytree(root / "run", root / "again")
+  shutil.rmtree(root / "again" / "checkpoints" / "2")
+  shutil.rmtree(root / "again" / "results")
+  shutil.rmtree(root / "hub")  # what it began from is not needed any more
+  train_and_evaluate(config, root / "again")
+  whole, resumed = read_run(root / "run")[1], read_run(root / "again")[1]
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed)
+  assert all(jax.tree.leaves(same))
+
+
+def test_the_export_gives_pytorch_the_same_embeddings(trained, tmp_path):
+  from PIL import Image
+
+  import gcl_jax
+  from gcl_jax.checkpoints.export import export_run
+
+  root, _ = trained
+  folder = export_run(root / "run", tmp_path / "out")
+  rng = np.random.default_rng(0)
+  images = [
+    Image.fromarray(rng.integers(0, 256, (40, 47, 3), np.uint8)) for _ in range(3)
+  ]
+  texts = ["a red circle above a square", "two", "the small blue triangle " * 20]
+  ours = gcl_jax.load(root / "run", batch_size=8)
+  got = [
+    ours.embed(images=images, texts=[None] * 3),
+    ours.embed(images=[None] * 3, texts=texts),
+    ours.embed(images=images, texts=texts),
+  ]
+  assert ours.processor.tokenizer.texts_cut == 2  # once alone, once beside an image
+  tensors = torch.load(folder / "Visualized_BGE.pth", weights_only=True)
+  tokenizer = EncoderTokenizer.from_folder(folder)
+  processor = ours.processor.image
+  pixels = np.stack([processor.normalize(processor.pixels(image)) for image in images])
+  config = ours.model.config
+  alone, beside = (tokenizer(texts, most) for most in (40, config.pair_context))
+  text = cases.embed_text(
+    config,
+    tensors,
+    torch.from_numpy(alone).long(),
+    torch.tensor(tokenizer.lengths(alone)),
+  )
+  want = cases.embed(config, tensors, pixels, beside, tokenizer.lengths(beside))
+  text = torch.nn.functional.normalize(text, dim=-1)
+  for a, b in zip(got, (want[0], text, want[2]), strict=True):
+    np.testing.assert_allclose(a, b.numpy(), atol=2e-5)
+  again = gcl_jax.load(folder, batch_size=8).embed(images=images, texts=texts)
+  np.testing.assert_allclose(again, got[2], atol=1e-6)
+  card = (folder / "README.md").read_text()
+  assert "gcl_jax.load" in card and "CLIPModel" not in card
+  assert "vocab.txt" in {path.name for path in folder.iterdir()}
+
+
+def objective_of(model, **fields):
+  config = default_config()
+  config.update_from_flattened_dict({"loss.form": "dense", **fields})
+  size = model.config.vision.image_size
+  images = ImageProcessor(shortest_edge=size, crop_size=size)
+  return make_objective(model, images, config, make_mesh(devices=jax.devices()[:1]))
+
+
+def batch(config, rows: int = 4):
+  size = config.vision.image_size
+  rng = np.random.default_rng(0)
+  return {
+    "pixels": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+    "tokens": cases.tokens(config, (9, 4, 12, 5)),
+    "has_image": np.array([True, True, False, True]),
+    "has_text": np.array([True, False, True, True]),
+    "pair_ids": np.arange(2 * rows, dtype=np.int32).reshape(rows, 2),
+  }
+
+
+def test_in_microbatches_the_bank_is_that_of_the_whole_batch():
+  model = build(cases.BASE)
+  params = jax.jit(model.init)(jax.random.key(0))
+  rows = batch(cases.BASE)
+  loss, metrics = jax.jit(objective_of(model))(params, rows, {})
+  parts, same = jax.jit(objective_of(model, microbatches=2))(params, rows, {})
+  np.testing.assert_allclose(parts, loss, rtol=1e-6)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(same[name], value, rtol=1e-5, err_msg=name)
+  assert metrics["loss/image_to_fused"] > 0
+
+
+@pytest.mark.parametrize(("loss", "loops"), [("gcl", 4), ("contrastive", 3)])
+def test_cl_does_not_pay_for_the_pass_that_gcl_needs(loss, loops):
+  model = build(cases.BASE)
+  objective = objective_of(model, **{"loss.name": loss})
+  compiled = jax.jit(objective).lower(model.abstract(), batch(cases.BASE), {}).compile()
+  assert compiled.as_text().count(" while(") == loops  # the tower, and each encoding
+
+
+def _by_hand(tokens: int, width: int, mlp: int, products: int) -> int:
+  """Multiply-adds of a block: 4 of attention, `products` of the MLP, logits and mix."""
+  return tokens * width * (4 * width + products * mlp) + 2 * tokens**2 * width
+
+
+@pytest.mark.parametrize("locked", ["", "image", "text"])
+def test_operations_of_a_pair_are_those_of_the_formula(locked):
+  vision, text = cases.BASE.vision, cases.BASE.text
+  tower = 2 * _by_hand(17, 32, vision.mlp, 3) + 16 * (3 * 8 * 8 * 32 + 32 * 48)
+  alone, image, both = (3 * _by_hand(n, 48, text.mlp, 2) for n in (10, 18, 26))
+  times = {"": (3, 3, 3), "image": (1, 3, 3), "text": (3, 1, 2)}[locked]
+  want = tower * times[0] + alone * times[1] + (image + both) * times[2]
+  model = build(cases.BASE)
+  assert pair_flops(model, 10, locked=locked) == 2 * want
+  without = 2 * (want - both * times[2])
+  assert pair_flops(model, 10, locked=locked, fused=False) == without
+
+
+def test_freezing_is_by_tower_and_by_what_is_fixed():
+  def frozen(**fields):
+    config = recipe(**fields)
+    found = {}
+    mask = frozen_mask(
+      config.optimizer, config.temperature, build(cases.BASE).abstract()
+    )
+    map_with_path(
+      lambda path, f: found.setdefault(path.split("/")[0], set()).add(f), mask
+    )
+    return {name for name, flags in found.items() if flags == {True}}
+
+  assert frozen() == {"fixed", "logit_scale"}
+  assert frozen(variant="stage1") == {"fixed", "logit_scale", "text"}
+  locked = frozen(**{"optimizer.locked_tower": "image"})
+  assert locked == {"fixed", "logit_scale", "vision", "image_projection"}
+
+
+def test_a_start_from_a_text_encoder(tmp_path):
+  cases.write_text_encoder(tmp_path / "bge")
+  cases.write_eva(tmp_path / "eva.pt")
+  config = recipe("stage1", **{"init.pretrained": str(tmp_path / "bge")})
+  with pytest.raises(UserError, match=r"config\.init\.image_tower, or give"):
+    make_start(config, [], None, False)
+  config.init.image_tower = str(tmp_path / "eva.pt")
+  start = make_start(config, [], None, False)
+  assert start.model.config == cases.BASE and start.processor.image.image_size == 32
+  np.testing.assert_allclose(np.exp(start.params()["logit_scale"]), 50, rtol=1e-6)
+  config.init.image_tower = ""
+  config.model.hf.vision_config = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 100,
+    "patch_size": 14,
+    "image_size": 56,
+    "projection_dim": 12,
+  }
+  start = make_start(config, [], None, False)
+  assert start.model.config.vision == cases.M3.vision
+  assert start.processor.image.image_size == 56
+  config.fusion.image_weight = 2.0
+  with pytest.raises(UserError, match=r"config\.fusion .* by itself"):
+    make_start(config, [], None, False)
+
+
+def test_an_image_tower_beside_a_whole_model_is_refused(tmp_path):
+  cases.write_folder(tmp_path)
+  fields = {"init.pretrained": str(tmp_path), "init.image_tower": "eva.pt"}
+  with pytest.raises(UserError, match=r"image_tower='eva\.pt' .* leave it empty"):
+    make_start(recipe(**fields), [], None, False)
+
+
+def test_from_scratch_it_needs_a_text_encoders_vocabulary(tmp_path):
+  config = default_config()
+  config.model.name = "VISTA-base"
+  with pytest.raises(UserError, match=r"config\.tokenizer\.path"):
+    make_start(config, [], None, False)
+  cases.write_tokenizer(tmp_path)
+  config.tokenizer.path = str(tmp_path)
+  start = make_start(config, [], None, False)
+  assert start.model.config.text.vocab_size == 10
+  assert start.processor.image == ImageProcessor(round_crop=True)
+  config.model.name = "ViT-B/32"
+  with pytest.raises(UserError, match=r"tokenizer of another kind.* a CLIP's"):
+    make_start(config, [], None, False)
+  config.model.name, config.tokenizer.path = "VISTA-m3", ""
+  assert model_from_config(config).config.text.vocab_size == 250_002
