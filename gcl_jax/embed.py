@@ -95,7 +95,7 @@ def main() -> None:
   writer, stages = _write_shards(model)
   barrier("embedded")
   if is_first():
-    _finish(writer, stages)
+    _finish(writer, stages, model.embedder.processor.tokenizer.texts_cut)
   barrier("written")
 
 
@@ -172,7 +172,7 @@ def _settings(
   return settings, {"checkpoint": _FLAGS.checkpoint, "step": model.step}
 
 
-def _finish(writer: IndexWriter, stages: Mapping[str, Stage]) -> None:
+def _finish(writer: IndexWriter, stages: Mapping[str, Stage], cut: int) -> None:
   """The manifest, the approximate index where one is asked for, and a summary."""
   from gcl_jax.retrieval.store import read_index
 
@@ -182,7 +182,7 @@ def _finish(writer: IndexWriter, stages: Mapping[str, Stage]) -> None:
   if fresh or not writer.complete:
     writer.finish()
   index = read_index(writer.folder, verify=False)
-  print(_summary(index.manifest, writer.folder, stages if fresh else {}))
+  print(_summary(index.manifest, writer.folder, stages if fresh else {}, cut))
   if _FLAGS.faiss:
     _build_faiss(index)
 
@@ -212,7 +212,9 @@ def _build_faiss(index: Any) -> None:
   )
 
 
-def _summary(manifest: Mapping[str, Any], folder: Any, stages: Mapping) -> str:
+def _summary(
+  manifest: Mapping[str, Any], folder: Any, stages: Mapping, cut: int
+) -> str:
   from gcl_jax.retrieval.store_format import MODALITIES
 
   counts = manifest["modalities"]
@@ -226,6 +228,10 @@ def _summary(manifest: Mapping[str, Any], folder: Any, stages: Mapping) -> str:
     lines.append(
       f"{manifest['bad_count']:,} bad records, listed in its manifest; the first: "
       f"{first['id']}: {first['reason']}"
+    )
+  if cut:
+    lines.append(
+      f"{cut:,} texts of this process were longer than the model takes, and were cut"
     )
   done = {name: stage for name, stage in stages.items() if stage.items}
   if done:

@@ -18,7 +18,7 @@ from absl import flags
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.open_model import open_model
+from gcl_jax.open_model import Opened, open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
 _FLAGS = flags.FLAGS
@@ -133,9 +133,7 @@ def _evaluate_pairs(output: AnyPath | None) -> None:
   )
   result["checkpoint"] = _FLAGS.checkpoint
   result["split"] = _FLAGS.split
-  notes = list(model.notes)
-  if cut := getattr(model.embedder.processor.tokenizer, "texts_cut", 0):
-    notes.append(f"{cut} texts were longer than the model takes, and were cut.")
+  notes = [*model.notes, *cut_notes(model)]
   rows = {Path(_FLAGS.checkpoint).name: result}
   print(render(rows, center=_FLAGS.center, notes=notes))
   _write(output, result)
@@ -171,9 +169,15 @@ def _evaluate_benchmark(output: AnyPath | None) -> None:
   result["step"] = model.step
   result["model"] = identity(model.embedder)
   result["config_sha256"] = _digest(model.embedder.config)
-  result["notes"] = [*model.notes, *fusion_notes(result)]
+  result["notes"] = [*model.notes, *cut_notes(model), *fusion_notes(result)]
   print(table_of(result))
   _write(output, result)
+
+
+def cut_notes(model: Opened) -> list[str]:
+  """Says how many of the texts that were embedded were too long for the model."""
+  cut = model.embedder.processor.tokenizer.texts_cut
+  return [f"{cut:,} texts were longer than the model takes, and were cut."] * bool(cut)
 
 
 def fusion_notes(result: dict) -> list[str]:

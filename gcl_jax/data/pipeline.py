@@ -45,6 +45,7 @@ class _Collated(NamedTuple):
   batch: Batch
   longest: int  # tokens of the longest text
   errors: list[str]
+  cut: int  # texts
 
 
 class Pipeline:
@@ -72,6 +73,8 @@ class Pipeline:
     crop_scale: part of the area that a crop keeps.
     buckets: token lengths to cut to. Those above the tokenizer's maximum become it;
       texts longer than the largest are cut and keep their end token.
+    pair_length: the most tokens of a text beside an image, where the model takes fewer
+      there (and cuts them itself); None: as many as alone.
     share: which rows of each batch are ours (`sharding.batch_share`); two processes may
       read the same.
     cuts: pieces of consecutive rows that the global batch will be cut into.
@@ -96,6 +99,7 @@ class Pipeline:
     augment: str = "none",
     crop_scale: tuple[float, float] = (0.5, 1.0),
     buckets: Sequence[int] = DEFAULT_BUCKETS,
+    pair_length: int | None = None,
     share: Share = _ALL,
     cuts: int = 1,
     threads: int = 4,
@@ -112,12 +116,13 @@ class Pipeline:
     size = getattr(processor.image, "shortest_edge", processor.image.image_size)
     self._augment = make_augment(augment, size=size, scale=tuple(crop_scale))
     self._buckets = _usable(buckets, processor.tokenizer.max_length)
+    self._pair_length = self._buckets[-1] if pair_length is None else pair_length
     self._threads, self._prefetch = threads, prefetch
     self._agree = agree
     self._iterator = None
     self._errors: collections.deque[str] = collections.deque(maxlen=_RECENT)
     self.position = int(position)
-    self.bad_count = 0
+    self.bad_count = self.texts_cut = 0
 
   def __iter__(self) -> Pipeline:
     return self
@@ -125,12 +130,13 @@ class Pipeline:
   def __next__(self) -> Batch:
     if self._iterator is None:
       self._iterator = self._start()
-    batch, longest, errors = next(self._iterator)
+    batch, longest, errors, cut = next(self._iterator)
     tokens = batch["tokens"][:, : self._width(longest)]
     batch = {**batch, "tokens": np.ascontiguousarray(tokens)}
     # Only now: what was read ahead but never handed out has not been consumed.
     self.position += self._batch_size
     self.bad_count += len(errors)
+    self.texts_cut += cut
     self._errors.extend(errors)
     return batch
 
@@ -220,7 +226,8 @@ class Pipeline:
     for into, row in zip(pixels, rows, strict=True):
       if row.pixels is not None:
         into[...] = row.pixels
-    tokens = tokenizer([row.caption or "" for row in rows], self._buckets[-1])
+    captions = [row.caption or "" for row in rows]
+    tokens, cut = tokenizer.rows(captions, self._buckets[-1])
     batch = {
       "pixels": pixels,
       "tokens": tokens,
@@ -230,8 +237,10 @@ class Pipeline:
       "index": np.array([row.place.index for row in rows], np.int64),
       "caption_index": np.array([row.caption_index for row in rows], np.int32),
     }
-    longest = int(tokenizer.lengths(tokens).max())
-    return _Collated(batch, longest, [row.error for row in rows if row.error])
+    lengths = tokenizer.lengths(tokens)
+    cut |= batch["has_image"] & (lengths > self._pair_length)
+    errors = [row.error for row in rows if row.error]
+    return _Collated(batch, int(lengths.max()), errors, int(cut.sum()))
 
   def _width(self, longest: int) -> int:
     if self._agree is not None:

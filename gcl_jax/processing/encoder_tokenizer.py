@@ -7,10 +7,9 @@ by transformers.
 
 from __future__ import annotations
 
-import collections
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from gcl_jax.errors import UserError
-from gcl_jax.processing.tokenizer import whole
+from gcl_jax.processing.base_tokenizer import BaseTokenizer
 
 MAX_LENGTH = 512
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -35,16 +34,8 @@ _MEND = (
 )
 
 
-class EncoderTokenizer:
-  """Texts to ids: [CLS], pieces, [SEP], padding on the right.
-
-  Pickles and copies. Safe to call from several threads.
-
-  Attributes:
-    bos_id, eos_id, pad_id: of [CLS], [SEP] and padding.
-    max_length: the longest text, [CLS] and [SEP] included.
-    vocab_size: rows that an embedding table needs.
-  """
+class EncoderTokenizer(BaseTokenizer):
+  """A text encoder's: its start token is [CLS], its end token [SEP]."""
 
   processor_class = None  # no processor of transformers' is of these
 
@@ -71,48 +62,11 @@ class EncoderTokenizer:
     ids = [backend.token_to_id(names[name]) for name in _NAMES]
     if None in ids:
       raise ValueError(f"the vocabulary lacks one of {', '.join(names.values())}")
-    backend.no_padding()
-    backend.no_truncation()
+    super().__init__(backend, *(names[name] for name in _NAMES), max_length)
     if backend.encode("").ids != ids[:2]:
       raise ValueError(f"it does not put {names['cls_token']} and {names['sep_token']}")
-    self._backend, self._names = backend, dict(names)
-    self._settings, self._sentencepiece = dict(settings or {}), sentencepiece
-    self._cuts: collections.deque[int] = collections.deque()  # appends are atomic
-    self.bos_id, self.eos_id, self.pad_id = ids
-    self.max_length = max_length
-    self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-
-  @property
-  def texts_cut(self) -> int:
-    """How many texts were longer than what was asked for, and were cut, so far."""
-    return sum(list(self._cuts))
-
-  def __call__(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
-    """int32 (B, length or max_length); a text that is too long keeps its [SEP]."""
-    if isinstance(texts, str):
-      raise TypeError("texts is one str; give a list of texts")
-    width = self.max_length if length is None else length
-    if not 2 <= width <= self.max_length:
-      raise ValueError(f"length {width} is not within 2..{self.max_length}")
-    out = np.full((len(texts), width), self.pad_id, np.int32)
-    encoded = self._backend.encode_batch_fast([whole(text) for text in texts])
-    cut = 0
-    for row, encoding in zip(out, encoded, strict=True):
-      ids = encoding.ids
-      row[: len(ids)] = ids[:width]
-      if len(ids) > width:
-        row[-1] = self.eos_id
-        cut += 1
-    if cut:
-      self._cuts.append(cut)
-    return out
-
-  def encode(self, text: str) -> list[int]:
-    """The ids of one text, [CLS] and [SEP] included, at most `max_length`, unpadded."""
-    ids = self._backend.encode(whole(text)).ids
-    return (
-      ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
-    )
+    self._names, self._settings = dict(names), dict(settings or {})
+    self._sentencepiece = sentencepiece
 
   def reads_like(self, other: Any) -> bool:
     """Whether both give every text the same ids, but for length and padding."""

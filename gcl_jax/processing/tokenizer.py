@@ -7,12 +7,10 @@ the `tokenizers` library, which saves two and a half seconds of import.
 
 from __future__ import annotations
 
-import copy
 import gzip
 import itertools
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers.processors import RobertaProcessing
 
 from gcl_jax.errors import UserError
+from gcl_jax.processing.base_tokenizer import BaseTokenizer, whole
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -37,18 +36,14 @@ _PATTERN = (
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 _NAMED += ("cls_token", "mask_token")
 _DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _MEND = (
   "Copy the tokenizer files of the original model there (tokenizer.json, or vocab.json "
   "and merges.txt), or write them with CLIPTokenizer.save_pretrained."
 )
 
 
-class Tokenizer:
-  """Texts to ids: start token, pieces, end token, padding on the right.
-
-  Pickles and copies (data workers get their own). Safe to call from several threads.
-  """
+class Tokenizer(BaseTokenizer):
+  """CLIP's, or one of its form that was learned here."""
 
   processor_class = "CLIPProcessor"
 
@@ -63,35 +58,9 @@ class Tokenizer:
     max_length: int = MAX_LENGTH,
   ):
     """Takes a backend whose post-processor adds `bos` and `eos`; see `from_folder`."""
-    if max_length < 2:
-      raise ValueError(f"max_length {max_length} has no room for start and end token")
-    self._backend = backend
+    super().__init__(backend, bos, eos, pad, max_length)
     self._names = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
     self._names["pad_token"] = pad
-    self.max_length = max_length
-    self.bos_id: int = backend.token_to_id(bos)
-    self.eos_id: int = backend.token_to_id(eos)
-    self.pad_id: int = backend.token_to_id(pad)
-    # What an embedding table needs; more than the count where ids have gaps.
-    self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    backend.no_padding()
-    backend.enable_truncation(max_length)
-
-  def __call__(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
-    """int32 (B, length or max_length); a text that is too long keeps its end token."""
-    if isinstance(texts, str):
-      raise TypeError("texts is one str; give a list of texts")
-    width = self.max_length if length is None else length
-    if not 2 <= width <= self.max_length:
-      raise ValueError(f"length {width} is not within 2..{self.max_length}")
-    out = np.full((len(texts), width), self.pad_id, np.int32)
-    encoded = self._backend.encode_batch_fast([whole(text) for text in texts])
-    for row, encoding in zip(out, encoded, strict=True):
-      ids = encoding.ids
-      row[: len(ids)] = ids[:width]
-      if len(ids) > width:
-        row[-1] = self.eos_id
-    return out
 
   def reads_like(self, other: Tokenizer) -> bool:
     """Whether both give every text the same ids, but for length and padding."""
@@ -102,20 +71,9 @@ class Tokenizer:
     added = sorted((token["id"], token["content"]) for token in parts["added_tokens"])
     return parts["model"], added, self.bos_id, self.eos_id
 
-  def encode(self, text: str) -> list[int]:
-    """The ids of one text, start and end included, at most `max_length`, unpadded."""
-    return self._backend.encode(whole(text)).ids
-
   def lengths(self, tokens: np.ndarray) -> np.ndarray:
     """Of rows (B, L), the tokens of each: up to its first end token, which may pad."""
     return (tokens == self.eos_id).argmax(axis=1) + 1
-
-  def cut_to(self, max_length: int) -> Tokenizer:
-    """The same, for texts of at most so many tokens."""
-    shorter = copy.deepcopy(self)
-    shorter.max_length = max_length
-    shorter._backend.enable_truncation(max_length)
-    return shorter
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike) -> Tokenizer:
@@ -214,8 +172,7 @@ class Tokenizer:
     """Writes the files that `CLIPTokenizer.from_pretrained` loads to the same ids."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(self._backend.to_str()) | {"truncation": None}
-    _write_json(folder / "tokenizer.json", plain, indent=None)
+    _write_json(folder / "tokenizer.json", json.loads(self._backend.to_str()), None)
     self._backend.model.save(str(folder))  # vocab.json, merges.txt, for older readers
     decoder = {
       str(index): {
@@ -240,16 +197,6 @@ class Tokenizer:
     }
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", self._names)
-
-
-def whole(text: str) -> str:
-  """A text with lone surrogates replaced (Rust strings cannot hold them)."""
-  if not isinstance(text, str):
-    raise TypeError(f"a text must be a str, not {type(text).__name__}")
-  if text.isascii() or not _SURROGATE.search(text):
-    return text
-  # By way of UTF-16, two halves that belong together become their character.
-  return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _byte_symbols() -> list[str]:

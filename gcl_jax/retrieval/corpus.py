@@ -135,7 +135,7 @@ def _prepare(source: Source, embedder: Embedder, mode: str, place: int) -> _Prep
       record = source[place]
   except (ValueError, OSError) as error:
     return _Prepared([], [_bad(f"record {place}", error)], seconds)
-  name, text, image, pixels, tokens = record["id"], None, None, None, None
+  name, text, image, pixels = record["id"], None, None, None
   if mode != "text" and len(record["images"]):
     try:
       with _timed(seconds, "read"):
@@ -146,11 +146,13 @@ def _prepare(source: Source, embedder: Embedder, mode: str, place: int) -> _Prep
       bad.append(_bad(name, error))
   if mode != "image" and len(record["texts"]):
     text = record["texts"][0]
-    with _timed(seconds, "tokenise"):
-      tokens = embedder.tokens(text)
   ready = []
-  for modality in _modalities(mode, pixels is not None, tokens is not None):
+  for modality in _modalities(mode, pixels is not None, text is not None):
     shows, says = modality != TEXT, modality != IMAGE
+    tokens = None
+    if says:
+      with _timed(seconds, "tokenise"):
+        tokens = embedder.tokens(text, beside_image=shows)
     document = Document(
       name,
       modality,
@@ -159,7 +161,7 @@ def _prepare(source: Source, embedder: Embedder, mode: str, place: int) -> _Prep
       place,
       0 if shows else -1,
     )
-    ready.append(_Ready(document, pixels if shows else None, tokens if says else None))
+    ready.append(_Ready(document, pixels if shows else None, tokens))
   if not ready and not bad:
     wanted = {"image": "no picture", "text": "no text"}
     bad.append(Bad(name, wanted.get(mode, "neither a picture nor a text")))

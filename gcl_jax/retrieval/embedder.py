@@ -166,12 +166,10 @@ class Embedder:
     """That decode images."""
     return self._threads
 
-  def tokens(self, text: str) -> np.ndarray:
-    """One text as `start` takes it: int32 (L,), L one of few lengths.
-
-    What does not fit beside an image a model cuts itself.
-    """
-    tokenizer, longest = self.processor.tokenizer, self._longest["text"]
+  def tokens(self, text: str, *, beside_image: bool = False) -> np.ndarray:
+    """One text as `start` takes it: int32 (L,), L one of few lengths."""
+    tokenizer = self.processor.tokenizer
+    longest = self._longest["both" if beside_image else "text"]
     ids = tokenizer([text], length=longest)
     return ids[0, : _bucket(int(_lengths(ids, tokenizer.pad_id)[0]), longest)]
 

@@ -23,6 +23,8 @@ class Batches(Protocol):
   """What the loop asks of the data pipeline."""
 
   position: int  # records consumed globally by the batches handed out
+  texts_cut: int  # of those of this process, since it started
+  longest: int  # tokens of the longest texts
 
   def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
   def recent_errors(self) -> list[str]: ...
@@ -173,11 +175,20 @@ class _Guard:
       )
 
   def report(self, when: str) -> None:
-    """Says after an epoch and at the end how many records could not be read."""
+    """Says after an epoch and at the end how many records could not be read, and how
+    many texts were cut."""
     if self.bad and jax.process_index() == 0:
       print(
         f"{when}: {self.bad} unreadable records so far (they were left "
         f"out). {self._examples()}",
+        file=sys.stderr,
+        flush=True,
+      )
+    if (cut := self._batches.texts_cut) and jax.process_index() == 0:
+      print(
+        f"{when}: {cut} texts of this process were longer than the model or "
+        f"config.data.text_buckets has room for ({self._batches.longest} tokens, or "
+        "fewer beside an image), and were cut since it started.",
         file=sys.stderr,
         flush=True,
       )

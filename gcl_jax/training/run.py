@@ -127,7 +127,7 @@ def train(
     return Outcome(False, total_steps, results)
 
   parts = _assemble(config, source, stored, mesh, total_steps, bool(saved), workdir)
-  batches = _pipeline(config, source, parts.processor, mesh)
+  batches = _pipeline(config, source, parts.model, parts.processor, mesh)
   _describe(config, parts, total_steps, source, mesh, workdir)
   barrier("the folder is a run's")
   wait_for_run(workdir)
@@ -254,7 +254,9 @@ def _assemble(
   teacher = read_teacher(config, model, processor, workdir if trained else None)
   elder = (teacher.model, teacher.processor.image) if teacher else None
   objective = make_objective(model, processor.image, config, mesh, elder)
-  _pipeline(config, source, processor, mesh).close()  # refuses what it cannot read
+  _pipeline(
+    config, source, model, processor, mesh
+  ).close()  # refuses what it cannot read
   places_of_state(shapes, optimizer, mesh)  # and what cannot be split so
   params = cap_logit_scale(first_params(), config.temperature)
   if needs_initial_tower(config) and not trained and is_first():
@@ -269,7 +271,7 @@ def _assemble(
 
 
 def _pipeline(
-  config: ConfigDict, source: Source, processor: Processor, mesh: Mesh
+  config: ConfigDict, source: Source, model: Model, processor: Processor, mesh: Mesh
 ) -> Pipeline:
   return Pipeline(
     source,
@@ -279,6 +281,7 @@ def _pipeline(
     augment=config.data.augment,
     crop_scale=tuple(config.data.crop_scale),
     buckets=tuple(config.data.text_buckets),
+    pair_length=model.config.pair_context,
     share=batch_share(mesh),
     cuts=config.accumulate_steps,
     agree=Largest("longest text"),

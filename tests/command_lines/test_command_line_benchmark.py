@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from gcl_jax.evaluate import fusion_notes
+from gcl_jax.evaluate import cut_notes, fusion_notes
 from gcl_jax.fusion import FusionSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,19 @@ def test_fusing_unlike_the_model_s_training_is_said(used, own, said):
     "model": {"fusion": FusionSettings(**own).to_dict()},
   }
   assert bool(fusion_notes(result)) is said
+
+
+def test_texts_that_were_cut_are_said():
+  def notes(cut):
+    tokenizer = types.SimpleNamespace(texts_cut=cut)
+    processor = types.SimpleNamespace(tokenizer=tokenizer)
+    return cut_notes(
+      types.SimpleNamespace(embedder=types.SimpleNamespace(processor=processor))
+    )
+
+  assert notes(0) == []
+  (note,) = notes(1234)
+  assert note.startswith("1,234 texts were longer than the model takes")
 
 
 def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):

@@ -262,6 +262,26 @@ def test_texts_beyond_the_largest_bucket_keep_their_end(make, processor):
   assert (batch["tokens"] == processor.tokenizer.eos_id).any(axis=1).all()
 
 
+def test_texts_that_are_cut_are_counted_once_they_are_handed_out(make, processor):
+  class Worded(Listed):
+    def __getitem__(self, i):
+      images = super().__getitem__(i)["images"] if i % 2 else []
+      return {"id": f"r{i}", "texts": ["b" * (i + 1)], "images": images}
+
+  options = {"batch_size": 2, "buckets": (12,), "threads": 1}
+  alone, beside = make(Worded(20), **options), make(Worded(20), pair_length=8, **options)
+  cut, cut_beside = 0, 0
+  for batch, same in zip(take(alone, 10), take(beside, 10), strict=True):
+    assert_same(batch, same)
+    lengths = batch["index"] + 3  # start, letters, end
+    cut += (lengths > 12).sum()
+    cut_beside += ((lengths > 12) | (batch["has_image"] & (lengths > 8))).sum()
+  assert alone.texts_cut == cut == 10
+  assert beside.texts_cut == cut_beside == 12
+  before = make(Worded(20), **options)
+  assert before.texts_cut == 0 and next(before) and before.texts_cut <= 2
+
+
 def test_processes_agree_on_the_width(make):
   options = {"buckets": (7, 10, 20), "batch_size": 2, "process_count": 2}
   alone = make(process_index=0, **options)

@@ -97,13 +97,15 @@ def test_captions_are_transformers(clip, real_data):
 
 
 def test_lengths_truncate_but_keep_the_end(clip):
-  texts = ["word " * 100, "a cat", ""]
+  texts, before = ["word " * 100, "a cat", ""], clip.texts_cut
   tokenizer_ids = clip(texts, length=16)
   assert tokenizer_ids.shape == (3, 16)
   assert tokenizer_ids[0, -1] == clip.eos_id
+  assert clip.texts_cut == before + 1
   np.testing.assert_array_equal(tokenizer_ids[0, :15], clip(texts)[0, :15])
   assert (tokenizer_ids[1, 3:] == clip.eos_id).all()
   assert len(clip.encode("word " * 100)) == 77
+  assert clip.encode("word " * 100)[-1] == clip.eos_id
   assert clip([]).shape == (0, 77)
   for length in (1, 78):
     with pytest.raises(ValueError, match="length"):

@@ -33,6 +33,7 @@ class Small:
   """A model without towers: four numbers of the picture, four of the text."""
 
   fusion: FusionSettings = dataclasses.field(default_factory=FusionSettings)
+  pair_context: int = 40
 
   @property
   def config(self):
@@ -40,7 +41,7 @@ class Small:
       projection_dim=4,
       vision=SimpleNamespace(image_size=16),
       text=SimpleNamespace(vocab_size=600, context=40, eos_id=539),
-      pair_context=40,
+      pair_context=self.pair_context,
     )
 
   def bind(self, params):
@@ -177,6 +178,22 @@ def test_every_record_is_one_document_of_what_it_has(tmp_path, pairs, embedder):
   assert "torn.jpg is not there" in reasons["id14"]
   assert "not a picture" in reasons["id16"]
   assert reasons["record 31"] == "line 31 cannot be read"
+
+
+def test_beside_an_image_a_text_is_as_long_as_fits_there(tmp_path, pairs, processor):
+  less = Embedder(Small(pair_context=4), PARAMS, processor, batch_size=8)
+  before = processor.tokenizer.texts_cut
+  embed(tmp_path / "index", pairs, less, "each")
+  index = read_index(tmp_path / "index")
+  cut = 0
+  for row, document in enumerate(index.documents(range(len(index)))):
+    if document["text"] and document["picture"] >= 0:
+      cut += len(processor.tokenizer.encode(document["text"])) > 4
+    images = pairs[document["record"]]["images"] if document["picture"] >= 0 else [None]
+    wanted = less.embed([images[0]], [document["text"]])[0]
+    np.testing.assert_allclose(index.vectors[[row]][0], wanted, atol=1e-6)
+  # By the index, and once more by the line above.
+  assert processor.tokenizer.texts_cut - before == 2 * cut > 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ class Batches:
     self.position += 4
     return {"rows": np.zeros(4)}
 
+  texts_cut, longest = 0, 77
+
   def recent_errors(self):
     return ["photo 7: truncated"]
 
@@ -171,3 +173,11 @@ def test_few_unreadable_records_are_reported_after_the_epoch(capsys):
   assert "epoch 1 done: 10 unreadable records so far" in said
   assert "epoch 2 done: 20" in said
   assert "\ndone: 25 unreadable" in said
+  assert "texts" not in said
+
+
+def test_texts_that_were_cut_are_counted(capsys, monkeypatch):
+  monkeypatch.setattr(Batches, "texts_cut", 3)
+  loop(2)
+  said = capsys.readouterr().err
+  assert "done: 3 texts" in said and "text_buckets has room for (77 tokens" in said

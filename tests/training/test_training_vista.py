@@ -14,7 +14,7 @@ import torch
 
 from gcl_jax.errors import UserError
 from gcl_jax.models import build, read_pretrained
-from gcl_jax.processing import EncoderTokenizer, ImageProcessor
+from gcl_jax.processing import EncoderTokenizer, ImageProcessor, Processor
 from gcl_jax.sharding import make_mesh, map_with_path
 from gcl_jax.training.config import default_config
 from gcl_jax.training.flops import pair_flops
@@ -282,3 +282,27 @@ def test_from_scratch_it_needs_a_text_encoders_vocabulary(tmp_path):
     make_start(config, [], None, False)
   config.model.name, config.tokenizer.path = "VISTA-m3", ""
   assert model_from_config(config).config.text.vocab_size == 250_002
+
+
+def test_a_run_counts_the_texts_that_do_not_fit_beside_their_image(tmp_path):
+  from PIL import Image
+
+  from gcl_jax.training.run import _pipeline
+
+  class Long:
+    def __len__(self):
+      return 16
+
+    def __getitem__(self, i):
+      images = [Image.new("RGB", (32, 32))] if i % 4 else []
+      return {"id": f"r{i}", "texts": ["a " * 28], "images": images}
+
+  cases.write_tokenizer(tmp_path, WORDS)
+  tokenizer = EncoderTokenizer.from_folder(tmp_path)
+  processor = Processor(ImageProcessor(shortest_edge=32, crop_size=32), tokenizer)
+  config = recipe(**{"data.text_buckets": (40,)})
+  mesh = make_mesh(devices=jax.devices()[:1])
+  assert cases.BASE.pair_context < 30 <= cases.BASE.text.context
+  with _pipeline(config, Long(), build(cases.BASE), processor, mesh) as batches:
+    assert next(batches)["tokens"].shape == (16, 40)
+    assert batches.texts_cut == 12  # the pictures'
