@@ -53,6 +53,7 @@ _SMALL_FILES = (
 )
 _SAFETENSORS_FILES = (WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json")
 _BIN_FILES = (_BIN, "pytorch_model-*.bin", f"{_BIN}.index.json")
+_VISTA_FILES = ("Visualized*.pth",)
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -85,7 +86,9 @@ def local_folder(source: str | os.PathLike, weights: bool = True) -> Path:
       if (folder / file).exists():
         break
   elif not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
-    folder = _snapshot(name, [*patterns, *_BIN_FILES])
+    # Without a config.json nothing here could read them.
+    vista = _VISTA_FILES if (folder / CONFIG).is_file() else ()
+    folder = _snapshot(name, [*patterns, *_BIN_FILES, *vista])
   return folder
 
 
@@ -94,7 +97,7 @@ def is_open_clip(folder: Path) -> bool:
   if not (folder / DESCRIPTION).is_file():
     return False
   config = folder / CONFIG
-  return not (config.is_file() and _is_clip(read_json(config)))
+  return not (config.is_file() and is_clip(read_json(config)))
 
 
 def open_clip_weights(folder: Path) -> Path | None:
@@ -142,6 +145,16 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
     ) from error
 
 
+def clip_config(folder: str | os.PathLike) -> tuple[CLIPConfig, FusionSettings]:
+  """The shape of a `CLIPModel` folder and how it fuses, without its weights.
+
+  Raises:
+    UserError: as `read_clip`.
+  """
+  folder = Path(folder)
+  return _read_config(folder), _read_fusion(folder / SETTINGS)
+
+
 def read_clip(
   folder: str | os.PathLike,
 ) -> tuple[CLIPConfig, FusionSettings, dict[str, Any]]:
@@ -159,8 +172,7 @@ def read_clip(
       or keys and shapes do not fit config.json (it names them).
   """
   folder = Path(folder)
-  config = _read_config(folder)
-  fusion = _read_fusion(folder / SETTINGS)
+  config, fusion = clip_config(folder)
   with open_weights(weight_files(folder)) as tensors:
     if config.plain:
       params = from_hf(tensors, config, str(folder))
@@ -267,13 +279,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> CLIPConfig:
   if not (folder / CONFIG).is_file():
+    files = [f.name for f in sorted(folder.glob("*.pt")) + sorted(folder.glob("*.bin"))]
+    lying = f" ({', '.join(files[:3])})" if files else ""
     raise UserError(
       f"{folder} has no {CONFIG}: name a folder as CLIPModel.save_pretrained writes it, or "
-      "the file of another kind of model itself."
+      f"the file of another kind of model itself{lying}. A VISTA's .pth "
+      "(BAAI/bge-visualized) lies beside the config.json and tokenizer files of its text "
+      "encoder."
     )
   fields = read_json(folder / CONFIG)
   kind = fields.get("model_type")
-  if not _is_clip(fields):
+  if not is_clip(fields):
     names = fields.get("architectures") or []
     named = f" ({', '.join(map(str, names))})" if isinstance(names, list) else ""
     raise UserError(
@@ -286,7 +302,7 @@ def _read_config(folder: Path) -> CLIPConfig:
     raise UserError(f"{folder / CONFIG}: {error}") from error
 
 
-def _is_clip(fields: Mapping[str, Any]) -> bool:
+def is_clip(fields: Mapping[str, Any]) -> bool:
   kind = fields.get("model_type")
   towers = {f"{t}_config{d}" for t in ("text", "vision") for d in ("", "_dict")}
   return kind in ("clip", OWN_TYPE) or (kind is None and bool(towers & set(fields)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from gcl_jax.fusion import FusionSettings
 from gcl_jax.models.formats import find, recognise
 from gcl_jax.models.huggingface import (
   CONFIG,
+  clip_config,
   local_folder,
   open_clip_weights,
   read_clip,
@@ -29,6 +30,7 @@ from gcl_jax.models.vista_files import (
   is_text_encoder,
   is_vista,
   read_vista,
+  text_encoder_config,
   write_vista,
 )
 from gcl_jax.models.weights import open_weights
@@ -36,11 +38,13 @@ from gcl_jax.processing import (
   EncoderTokenizer,
   Processor,
   Tokenizer,
+  has_tokenizer,
   read_tokenizer,
 )
 
 # CLIP's vocabulary, as the packages of OpenAI, OpenCLIP and TinyCLIP carry it.
 _MERGES = "bpe_simple_vocab_16e6.txt.gz"
+_LARGEST_ID = 2  # this end token in a CLIP's config means: pool at the largest id
 
 
 class Pretrained(NamedTuple):
@@ -63,31 +67,128 @@ def read_model(source: str | os.PathLike, tokenizer: str = "") -> Pretrained:
 
   Args:
     source: a folder, a file, or a hub id.
-    tokenizer: the folder, hub id or file of CLIP's vocabulary; "" is the model's own.
+    tokenizer: the folder, hub id or file of the vocabulary of a model that has none of
+      its own; "" looks beside a file.
 
   Raises:
     UserError: nothing of the kind is there; it is a model of another kind, which the
-      message names; it is damaged; or it has no tokenizer.
+      message names; it is damaged; or it has no tokenizer, or another one.
   """
+  with _opened(source, tokenizer) as found:
+    return Pretrained(found.config, found.fusion, found.params(), found.processor)
+
+
+def read_without_weights(
+  source: str | os.PathLike, tokenizer: str = ""
+) -> tuple[Config, FusionSettings, Processor]:
+  """What `read_model` gives but for the parameters, which are mostly not even read."""
+  with _opened(source, tokenizer) as found:
+    return found.config, found.fusion, found.processor
+
+
+class _Opened(NamedTuple):
+  config: Config
+  fusion: FusionSettings
+  processor: Processor
+  params: Callable[[], dict[str, Any]]  # as long as the context lasts
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike, tokenizer: str) -> Iterator[_Opened]:
   path = Path(source).expanduser()
-  if path.is_file():
-    if holds_vista(path):
-      return _read_vista(path.parent, path)
-    return _read_file(path, tokenizer)
-  folder = local_folder(source)
-  if is_vista(folder):
-    return _read_vista(folder)
-  weights = open_clip_weights(folder)
-  if weights is not None:
-    return _read_file(weights, tokenizer)
-  _refuse_half(folder)
-  if tokenizer:
-    processor = Processor(
-      Processor.images_from_folder(folder), find_tokenizer(tokenizer)
+  file = path if path.is_file() else None
+  if file is None or holds_vista(file):
+    folder = local_folder(source) if file is None else file.parent
+    if file is not None or is_vista(folder):
+      yield _open_vista(folder, file, tokenizer)
+      return
+    file = open_clip_weights(folder)
+    if file is None:
+      yield _open_clip(folder, tokenizer)
+      return
+  with open_weights([file]) as tensors:
+    found = find(file, tensors, is_torchscript(file), _described(file.parent))
+    read = recognise(found).read(found)
+    words = find_tokenizer(tokenizer) if tokenizer else _tokenizer_beside(file)
+    words = fitting_tokenizer(words, read.config, file)
+    yield _Opened(
+      read.config, FusionSettings(), Processor(read.images, words), read.params
     )
-  else:
-    processor = Processor.from_folder(folder)  # before the weights: quick to fail
-  return Pretrained(*read_clip(folder), processor)
+
+
+def _open_clip(folder: Path, tokenizer: str) -> _Opened:
+  _refuse_half(folder)
+  config, fusion = clip_config(folder)
+  words = fitting_tokenizer(own_tokenizer(folder, tokenizer), config, folder)
+  processor = Processor(Processor.images_from_folder(folder), words)
+  return _Opened(config, fusion, processor, lambda: read_clip(folder)[2])
+
+
+def _open_vista(folder: Path, file: Path | None, tokenizer: str) -> _Opened:
+  text_encoder_config(folder)  # what lacks is said in the order of what matters
+  words = own_tokenizer(folder, tokenizer)
+  images = Processor.images_from_folder(folder)
+  config, params = read_vista(folder, file)
+  processor = Processor(images, fitting_tokenizer(words, config, folder))
+  return _Opened(
+    config, FusionSettings(), with_size_of(processor, config), lambda: params
+  )
+
+
+def own_tokenizer(folder: Path, named: str = "") -> Tokenizer | EncoderTokenizer:
+  """A folder's tokenizer; where it has none, the one that is named.
+
+  Raises:
+    UserError: both are there, and differ; or neither, or one that cannot be read.
+  """
+  if named and not has_tokenizer(folder):
+    return find_tokenizer(named)
+  own = read_tokenizer(folder)
+  refuse_other_words(own, named, folder)
+  return own
+
+
+def refuse_other_words(
+  own: Tokenizer | EncoderTokenizer, named: str, where: Any
+) -> None:
+  """Refuses a vocabulary that is named for a model that has another one.
+
+  Raises:
+    UserError: it is another one.
+  """
+  if named and not own.reads_like(find_tokenizer(named)):
+    raise UserError(
+      f"{named} holds another vocabulary than the one that {where} has of its own, which "
+      "its model was trained with: leave config.tokenizer.path (in Python, tokenizer) "
+      "empty."
+    )
+
+
+def fitting_tokenizer(
+  words: Tokenizer | EncoderTokenizer, config: Config, where: Any
+) -> Tokenizer | EncoderTokenizer:
+  """The tokenizer for a model of this shape, cut to the texts that it can read.
+
+  Raises:
+    UserError: it is another model's. The text tower would pool where no text ends, or
+      look up what its table has not: all of it silently wrong.
+  """
+  text, of_encoder = config.text, isinstance(config, VistaConfig)
+  if isinstance(words, EncoderTokenizer) != of_encoder:
+    wanted = "a text encoder's (BERT, XLM-RoBERTa)" if of_encoder else "a CLIP's"
+    raise UserError(
+      f"the tokenizer for {where} is of another kind: this model takes {wanted}."
+    )
+  pools_largest = not of_encoder and text.eos_id == _LARGEST_ID
+  if words.vocab_size > text.vocab_size or (
+    words.eos_id != text.eos_id and not pools_largest
+  ):
+    raise UserError(
+      f"the tokenizer for {where} has {words.vocab_size} entries and its end token is "
+      f"{words.eos_id}; the model's are {text.vocab_size} and {text.eos_id}: use the "
+      "model's own vocabulary."
+    )
+  return words.cut_to(text.context) if words.max_length > text.context else words
 
 
 def read_pretrained(
@@ -123,22 +224,16 @@ def write_pretrained(
     write_clip(folder, config, params, fusion)
 
 
-def fitted(processor: Processor, config: Config) -> Processor:
-  """The processor that a folder gave, for the model that it holds.
+def with_size_of(processor: Processor, config: Config) -> Processor:
+  """A processor whose pictures are as large as the image tower wants them.
 
-  A VISTA's `.pth` brings no image settings: pictures are as large as its tower wants.
+  A text encoder's folder has no settings for pictures, and a `.pth` brings none.
   """
-  if not isinstance(config, VistaConfig):
-    return processor
   size = config.vision.image_size
+  if processor.image.image_size == size:
+    return processor
   image = dataclasses.replace(processor.image, shortest_edge=size, crop_size=size)
   return dataclasses.replace(processor, image=image)
-
-
-def _read_vista(folder: Path, file: Path | None = None) -> Pretrained:
-  processor = Processor.from_folder(folder)  # before the weights: quick to fail
-  config, params = read_vista(folder, file)
-  return Pretrained(config, FusionSettings(), params, fitted(processor, config))
 
 
 def _refuse_half(folder: Path) -> None:
@@ -149,24 +244,6 @@ def _refuse_half(folder: Path) -> None:
       f"there, or train one from it: config.init.pretrained={folder} with "
       "config.init.image_tower."
     )
-
-
-def _read_file(file: Path, tokenizer: str) -> Pretrained:
-  with open_weights([file]) as tensors:
-    found = find(file, tensors, is_torchscript(file), _described(file.parent))
-    read = recognise(found).read(found)
-    words = find_tokenizer(tokenizer) if tokenizer else _tokenizer_beside(file)
-    text = read.config.text
-    if (words.eos_id, words.vocab_size) != (text.eos_id, text.vocab_size):
-      raise UserError(
-        f"the tokenizer for {file} has {words.vocab_size} entries and its end token is "
-        f"{words.eos_id}; the model's are {text.vocab_size} and {text.eos_id}: use CLIP's "
-        "own vocabulary."
-      )
-    if words.max_length > text.context:
-      words = words.cut_to(text.context)
-    processor = Processor(read.images, words)
-    return Pretrained(read.config, FusionSettings(), read.params(), processor)
 
 
 def find_tokenizer(source: str | os.PathLike) -> Tokenizer | EncoderTokenizer:
@@ -188,21 +265,13 @@ def _tokenizer_beside(file: Path) -> Tokenizer:
   if (folder / _MERGES).is_file():
     return Tokenizer.from_merges(folder / _MERGES)
   raise UserError(
-    f"{file} has no tokenizer, and none lies beside it. Name a folder or hub id with CLIP's "
-    "vocabulary, --config.tokenizer.path=openai/clip-vit-base-patch32 or in Python "
-    f"load(..., tokenizer=...), or put its vocab.json and merges.txt, or {_MERGES}, into "
-    f"{folder}."
+    f"{file} has no tokenizer, and none lies beside it. Put CLIP's vocab.json and "
+    f"merges.txt, or {_MERGES}, into {folder}; or name a folder or hub id that has them: "
+    "--config.tokenizer.path=openai/clip-vit-base-patch32 of a training, or in Python "
+    "load(..., tokenizer=...)."
   )
 
 
 def _described(folder: Path) -> dict[str, Any]:
   path = folder / DESCRIPTION
-  if not path.is_file():
-    return {}
-  try:
-    described = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-  if not isinstance(described, dict):
-    raise UserError(f"{path} holds no JSON object: is it the right file?")
-  return described
+  return read_json(path) if path.is_file() else {}

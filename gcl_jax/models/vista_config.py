@@ -175,6 +175,7 @@ def eva_from_hf(fields: Mapping[str, Any]) -> EvaConfig:
   Raises:
     UserError: sizes that are none, or do not divide.
   """
+  _check_mapping(fields, "vision_config")
   vision = EvaConfig(**fields_of(fields, _EVA, EvaConfig, "vision"))
   if vision.image_size % vision.patch:
     raise UserError(
@@ -189,12 +190,18 @@ def eva_from_hf(fields: Mapping[str, Any]) -> EvaConfig:
   return vision
 
 
+def _check_mapping(fields: Any, name: str) -> None:
+  if not isinstance(fields, Mapping):
+    raise UserError(f"{name} is {fields!r}: give its sizes by name.")
+
+
 def bert_from_hf(fields: Mapping[str, Any]) -> BertConfig:
   """A text encoder from its Hugging Face config.json; unknown keys are ignored.
 
   Raises:
     UserError: it is neither BERT nor XLM-RoBERTa, or of a form that we cannot run.
   """
+  _check_mapping(fields, "text_config")
   kind = fields.get("model_type", BERT)
   if kind not in ENCODERS:
     raise UserError(

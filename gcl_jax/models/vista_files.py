@@ -24,12 +24,14 @@ from gcl_jax.models.huggingface import (
   CONFIG,
   SETTINGS,
   WEIGHTS,
+  is_clip,
   read_json,
   weight_files,
   write_file,
   write_json,
 )
 from gcl_jax.models.model import build
+from gcl_jax.models.open_clip import DESCRIPTION
 from gcl_jax.models.vista_config import (
   ENCODERS,
   BertConfig,
@@ -65,8 +67,10 @@ _ENCODER_KEY = re.compile(r"(?:(?:bert|roberta|model)\.)?(embeddings|encoder|poo
 def is_vista(folder: str | os.PathLike) -> bool:
   """Whether a folder holds a VISTA: a `.pth`, or what `write_vista` wrote."""
   folder = Path(folder)
-  if any(folder.glob("*.pth")):
-    return True
+  config = folder / CONFIG
+  if _pth_files(folder) and not (folder / DESCRIPTION).is_file():
+    # A CLIP's folder may have a .pth too: of whoever trained it.
+    return not (config.is_file() and is_clip(read_json(config)))
   return (folder / WEIGHTS).is_file() and _is_ours(folder)
 
 
@@ -100,7 +104,7 @@ def read_vista(
       layout, or its towers do not fit each other; it names what is missing or left over.
   """
   folder = Path(folder)
-  text = _text_config(folder)
+  text = text_encoder_config(folder)
   file = _weights(folder) if file is None else file
   scale = VistaConfig.logit_scale_init
   if (folder / SETTINGS).is_file():
@@ -171,7 +175,8 @@ def read_towers(
   What neither has (the projection between them; an untrained tower) is drawn.
 
   Args:
-    folder: of the text encoder (BGE, or any BERT or XLM-RoBERTa).
+    folder: of the text encoder: BGE, MiniLM or another BERT or XLM-RoBERTa, saved
+      without the head of a pretraining.
     image_tower: an EVA-CLIP file (`EVA02_CLIP_B_psz16_s8B.pt`, of which the text tower
       is left out), or the shape of a tower to be drawn.
     seed: of what is drawn.
@@ -180,11 +185,11 @@ def read_towers(
     UserError: as `read_vista`.
   """
   folder = Path(folder)
-  text = _text_config(folder)
+  text = text_encoder_config(folder)
   tensors: dict[str, np.ndarray] = {}
   vision, where = image_tower, str(folder)
   if not isinstance(image_tower, EvaConfig):
-    tensors = _eva_tensors(Path(image_tower))
+    tensors = _eva_tensors(Path(image_tower).expanduser())
     vision, where = (
       _eva_config(tensors, VISUAL, image_tower),
       f"{folder}, {image_tower}",
@@ -212,7 +217,12 @@ def _is_ours(folder: Path) -> bool:
   )
 
 
-def _text_config(folder: Path) -> BertConfig:
+def text_encoder_config(folder: Path) -> BertConfig:
+  """The shape of the text encoder whose config.json and tokenizer lie in a folder.
+
+  Raises:
+    UserError: one of them is missing, or of another kind, or they do not fit.
+  """
   if not (folder / CONFIG).is_file():
     raise UserError(
       f"{folder} has no {CONFIG}: a VISTA's .pth holds weights alone. Copy the files of "
@@ -240,8 +250,13 @@ def _text_config(folder: Path) -> BertConfig:
   )
 
 
+def _pth_files(folder: Path) -> list[Path]:
+  """But for the random states that transformers' Trainer leaves in its folders."""
+  return [f for f in sorted(folder.glob("*.pth")) if not f.name.startswith("rng_state")]
+
+
 def _weights(folder: Path) -> Path:
-  found = sorted(folder.glob("*.pth"))
+  found = _pth_files(folder)
   if len(found) > 1:
     raise UserError(
       f"{folder} holds {len(found)} .pth files ({', '.join(f.name for f in found[:4])}): "
@@ -272,6 +287,8 @@ def _eva_tensors(file: Path) -> dict[str, np.ndarray]:
       for key in opened
       if key.startswith("visual.") or key == "logit_scale"
     }
+    if not kept:  # a VISTA's own file has such a tower too
+      kept = {key: opened[key] for key in opened if key.startswith("model_visual.")}
   return _without_repeats(kept, file)
 
 
@@ -298,9 +315,11 @@ def _eva_config(tensors: Mapping[str, np.ndarray], at: str, where: Any) -> EvaCo
       head=head[0],
     )
   except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    lacks = f"lacks {error}" if isinstance(error, KeyError) else "has other shapes"
     raise UserError(
       f"{where} is of a layout that is not known: an EVA02-CLIP image tower has patches, "
-      f"rotary positions and gated blocks under {at}, and {error} is not there."
+      f"rotary positions and gated blocks, under {at} in a VISTA's file, under visual in "
+      f"its own. This one {lacks}."
     ) from error
 
 

@@ -7,6 +7,7 @@ from gcl_jax.processing.processor import (
   Processor,
   default_clip_processor,
   default_vista_processor,
+  has_tokenizer,
   read_tokenizer,
 )
 from gcl_jax.processing.tokenizer import Tokenizer
@@ -20,5 +21,6 @@ __all__ = [
   "decode_image",
   "default_clip_processor",
   "default_vista_processor",
+  "has_tokenizer",
   "read_tokenizer",
 ]

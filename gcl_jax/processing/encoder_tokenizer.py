@@ -22,6 +22,7 @@ from gcl_jax.processing.base_tokenizer import BaseTokenizer
 MAX_LENGTH = 512
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SENTENCEPIECE = "sentencepiece.bpe.model"
+_CONVERTED = ("vocab.txt", _SENTENCEPIECE)
 _NAMES = ("cls_token", "sep_token", "pad_token")
 # By the kind of model that tokenizer.json holds: transformers' class, start, end, padding.
 _KINDS = {
@@ -139,7 +140,7 @@ def is_encoder_tokenizer(folder: str | os.PathLike) -> bool:
       return _json(folder / _FILE)["model"]["type"] in _KINDS
     except (OSError, ValueError, KeyError, TypeError):
       return False  # the reader of the other kind says what is wrong with it
-  return any((folder / name).is_file() for name in ("vocab.txt", _SENTENCEPIECE))
+  return any((folder / name).is_file() for name in _CONVERTED)
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
@@ -148,6 +149,9 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
       return tokenizers.Tokenizer.from_file(str(folder / _FILE))
     except Exception as error:  # the library raises bare Exception
       raise ValueError(f"{_FILE}: {error}") from error
+  # Where none of them is, transformers makes up an empty vocabulary.
+  if not any((folder / name).is_file() for name in _CONVERTED):
+    raise ValueError(f"there is no {_FILE}, {' or '.join(_CONVERTED)}")
   try:
     from transformers import AutoTokenizer
 

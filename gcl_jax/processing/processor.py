@@ -77,6 +77,13 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | EncoderTokenizer:
   return (EncoderTokenizer if of_encoder else Tokenizer).from_folder(folder)
 
 
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+  """Whether a folder holds a tokenizer's files, of whatever kind."""
+  return is_encoder_tokenizer(folder) or any(
+    (Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")
+  )
+
+
 def default_clip_processor(image_size: int, tokenizer: Tokenizer) -> Processor:
   """CLIP's own settings (bicubic, its mean and standard deviation) at any size."""
   return Processor(

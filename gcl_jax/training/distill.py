@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 
 from gcl_jax.checkpoints.folder import keeping
 from gcl_jax.errors import UserError
-from gcl_jax.models import Model, build, write_pretrained
+from gcl_jax.fusion import FusionSettings
+from gcl_jax.models import Config, Model, build, write_pretrained
 from gcl_jax.paths import AnyPath, local_copy, local_draft
 from gcl_jax.processing import Processor
-from gcl_jax.training.weights import Weights, read_weights
+from gcl_jax.training.weights import read_shape, read_weights
 
 _FOLDER = "teacher"  # in a run's folder: what the teacher was may move
 
@@ -47,7 +48,9 @@ def read_teacher(
   else:
     with local_copy(workdir / _FOLDER) as here:
       found = read_weights(str(here))
-  teacher = Teacher(_built(config, found), found.processor, found.params)
+  teacher = Teacher(
+    _built(config, found.config, found.fusion), found.processor, found.params
+  )
   _check_fit(name, teacher, student, processor)
   return teacher
 
@@ -59,7 +62,7 @@ def teacher_model(config: ConfigDict) -> Model | None:
     UserError: it cannot be read.
   """
   name = config.distill.teacher
-  return _built(config, read_weights(name, config.tokenizer.path)) if name else None
+  return _built(config, *read_shape(name, config.tokenizer.path)) if name else None
 
 
 def keep_teacher(teacher: Teacher, workdir: AnyPath) -> None:
@@ -73,9 +76,9 @@ def keep_teacher(teacher: Teacher, workdir: AnyPath) -> None:
     write_pretrained(here, teacher.model.config, teacher.params, teacher.model.fusion)
 
 
-def _built(config: ConfigDict, found: Weights) -> Model:
+def _built(config: ConfigDict, shape: Config, fusion: FusionSettings) -> Model:
   # Nothing of it is differentiated: there is nothing to compute again.
-  return build(found.config, fusion=found.fusion, dtype=config.model.dtype)
+  return build(shape, fusion=fusion, dtype=config.model.dtype)
 
 
 def _check_fit(

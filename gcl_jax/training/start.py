@@ -26,11 +26,13 @@ from gcl_jax.models import (
   config_from_dict,
   eva_from_hf,
   find_tokenizer,
-  fitted,
+  fitting_tokenizer,
   is_text_encoder,
   local_folder,
+  own_tokenizer,
   read_towers,
   shape_of_name,
+  with_size_of,
 )
 from gcl_jax.models.inherit import inherited
 from gcl_jax.processing import (
@@ -42,6 +44,7 @@ from gcl_jax.processing import (
 )
 from gcl_jax.training.weights import read_processor, read_weights
 
+_SCRATCH = "a model from scratch (config.tokenizer.path, or its elder's)"
 _TOKENIZER_SAMPLE = 200_000  # captions that a vocabulary of our own is learned from
 
 
@@ -84,6 +87,7 @@ def make_start(
   if stored:
     model, processor = _build(config, stored.model, fusion), stored.processor
   else:
+    _refuse_tower(config)
     model, processor = _from_scratch(config, fusion, source)
   if config.init.inherit:
     return Start(model, processor, _heir(config, model))
@@ -106,17 +110,27 @@ def model_from_config(config: ConfigDict) -> Model:
   """
   if config.init.pretrained:
     return _pretrained(config, _fusion(config)).model
+  _refuse_tower(config)
   fields, words = _fields(config), {}
-  if config.tokenizer.path:
-    words = _words(find_tokenizer(config.tokenizer.path))
-  elif _elder(config):
-    words = _words(read_processor(_elder(config)).tokenizer)
+  tokenizer = _given_tokenizer(config)
+  if tokenizer is not None:
+    words = _words(tokenizer)
   elif not _is_vista(fields):  # which brings its vocabulary
     entries = config.tokenizer.vocab_size
     words = {"vocab_size": entries, "eos_token_id": entries - 1}
     words |= {"bos_token_id": entries - 2, "pad_token_id": entries - 1}
-  fields = _merged(fields, {"text_config": words})
-  return _build(config, config_from_dict(fields), _fusion(config))
+  shape = config_from_dict(_merged(fields, {"text_config": words}))
+  if tokenizer is not None:
+    fitting_tokenizer(tokenizer, shape, _SCRATCH)
+  return _build(config, shape, _fusion(config))
+
+
+def _given_tokenizer(config: ConfigDict) -> Tokenizer | EncoderTokenizer | None:
+  """What a model from scratch is to read by; None where nothing is named."""
+  elder, named = _elder(config), config.tokenizer.path
+  if elder:
+    return read_processor(elder, named).tokenizer
+  return find_tokenizer(named) if named else None
 
 
 def _fusion(config: ConfigDict) -> FusionSettings:
@@ -159,12 +173,7 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
   encoder = _text_encoder(name)
   if encoder is not None:
     return _begun(config, fusion, encoder)
-  if config.init.image_tower:
-    raise UserError(
-      f"config.init.image_tower={config.init.image_tower!r} is of a model that begins "
-      f"from a text encoder, but config.init.pretrained={name!r} is a whole model: leave it "
-      "empty."
-    )
+  _refuse_tower(config)
   shape, its_fusion, params, processor = read_weights(name, config.tokenizer.path)
   if dataclasses.replace(its_fusion, learned=fusion.learned) != fusion:
     print(
@@ -182,6 +191,15 @@ def _pretrained(config: ConfigDict, fusion: FusionSettings) -> Start:
   return Start(_build(config, shape, fusion), processor, start)
 
 
+def _refuse_tower(config: ConfigDict) -> None:
+  if config.init.image_tower:
+    raise UserError(
+      f"config.init.image_tower={config.init.image_tower!r} is of a VISTA that begins from "
+      f"a text encoder, and config.init.pretrained={config.init.pretrained!r} is none: "
+      "name one there, or leave the image tower empty."
+    )
+
+
 def _text_encoder(name: str) -> Path | None:
   """The folder of a text encoder alone; None if it is something else."""
   if is_run(name) or Path(name).expanduser().is_file():
@@ -192,20 +210,38 @@ def _text_encoder(name: str) -> Path | None:
 
 def _begun(config: ConfigDict, fusion: FusionSettings, folder: Path) -> Start:
   """A VISTA of a trained text encoder."""
-  tower = config.init.image_tower
-  if not tower:
-    fields = config.model.hf.to_dict().get("vision_config")
-    if not fields:
-      raise UserError(
-        f"config.init.pretrained={str(folder)!r} is a text encoder alone, from which a "
-        "VISTA begins: name an EVA-CLIP file in config.init.image_tower, or give "
-        "config.model.hf.vision_config for an image tower from scratch."
-      )
-    tower = eva_from_hf(fields)
-  processor = Processor.from_folder(folder)
+  tower, given = config.init.image_tower, config.model.hf.to_dict()
+  fields = given.get("vision_config")
+  if given.get("text_config"):
+    raise UserError(
+      "config.model.hf.text_config shapes a text encoder from scratch, but "
+      f"config.init.pretrained={str(folder)!r} is one that is trained: leave it out."
+    )
+  if tower and (fields or config.model.image_size):
+    raise UserError(
+      f"config.init.image_tower={tower!r} has sizes of its own: leave "
+      "config.model.hf.vision_config and config.model.image_size as they are, or the "
+      "file out."
+    )
+  if not (tower or fields):
+    raise UserError(
+      f"config.init.pretrained={str(folder)!r} is a text encoder alone, from which a "
+      "VISTA begins: name an EVA-CLIP file in config.init.image_tower, or give "
+      "config.model.hf.vision_config for an image tower from scratch."
+    )
+  drawn = not tower
+  if drawn:
+    size = {"image_size": config.model.image_size} if config.model.image_size else {}
+    tower = eva_from_hf(_merged(fields, size) if isinstance(fields, dict) else fields)
+  words = own_tokenizer(folder, config.tokenizer.path)
+  images = Processor.images_from_folder(folder)
   shape, params = read_towers(folder, tower, config.seed)
+  if drawn:
+    positions = params["vision"]["position_embedding"]
+    positions["embedding"] *= np.float32(config.init.vision_positions)
+  processor = Processor(images, fitting_tokenizer(words, shape, folder))
   start = functools.partial(_with_scale, config, params)
-  return Start(_build(config, shape, fusion), fitted(processor, shape), start)
+  return Start(_build(config, shape, fusion), with_size_of(processor, shape), start)
 
 
 def _is_vista(fields: dict) -> bool:
@@ -252,29 +288,20 @@ def _from_scratch(
   config: ConfigDict, fusion: FusionSettings, source: Source
 ) -> tuple[Model, Processor]:
   fields = _fields(config)
-  elder = _elder(config)
-  if config.tokenizer.path:
-    tokenizer = find_tokenizer(config.tokenizer.path)
-  elif elder:
-    tokenizer = read_processor(elder).tokenizer
-  elif _is_vista(fields):
+  elder, tokenizer = _elder(config), _given_tokenizer(config)
+  if tokenizer is None and _is_vista(fields):
     raise UserError(
       "a VISTA from scratch needs the vocabulary of a text encoder: name a folder with "
       "its tokenizer files in config.tokenizer.path."
     )
-  else:
+  if tokenizer is None:
     tokenizer = Tokenizer.train(
       _captions(source, config.seed),
       config.tokenizer.vocab_size,
       config_from_dict(fields).text.context,
     )
-  if _is_vista(fields) != isinstance(tokenizer, EncoderTokenizer):
-    wanted = "a text encoder's (BERT, XLM-RoBERTa)" if _is_vista(fields) else "a CLIP's"
-    raise UserError(
-      f"config.tokenizer.path={config.tokenizer.path!r} holds a tokenizer of another "
-      f"kind: this model takes {wanted}."
-    )
   shape = config_from_dict(_merged(fields, {"text_config": _words(tokenizer)}))
+  tokenizer = fitting_tokenizer(tokenizer, shape, _SCRATCH)
   default = default_vista_processor if _is_vista(fields) else default_clip_processor
   processor = default(shape.vision.image_size, tokenizer)
   if elder:

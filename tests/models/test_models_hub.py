@@ -90,6 +90,11 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
   assert [("pytorch_model.bin" in patterns) for _, patterns in asked] == [False, True]
   wanted = {"config.json", "gcl_jax.json", "preprocessor_config.json", "tokenizer.json"}
   assert wanted <= set(asked[0][1])
+  assert not any("Visualized*.pth" in patterns for _, patterns in asked)
+  asked.clear()
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')  # what we export has
+  local_folder("owner/name")  # of a VISTA: no weights but a .pth
+  assert [("Visualized*.pth" in patterns) for _, patterns in asked] == [False, True]
   asked.clear()
   (tmp_path / "model.safetensors").touch()
   assert local_folder("owner/name") == tmp_path

@@ -158,6 +158,7 @@ def test_a_student_inherits_mimics_and_goes_on_without_its_teacher(teacher, tmp_
     jax.tree.leaves(its.params), jax.tree.leaves(kept.params), strict=True
   ):
     np.testing.assert_array_equal(x, y)
+  train_and_evaluate(recipe(moved, 2, **fields), tmp_path / "whole")
   shutil.rmtree(moved)
   train_and_evaluate(recipe(moved, 2, **fields), run)
   lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
@@ -170,6 +171,9 @@ def test_a_student_inherits_mimics_and_goes_on_without_its_teacher(teacher, tmp_
   ours, theirs = (
     np.asarray(x["text"]["token_embedding"]["embedding"]) for x in (params, its.params)
   )
+  whole = read_run(tmp_path / "whole")[1]
+  for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(x, y)  # stopped after a step, or never
   # Two steps from where it began, which was the teacher.
   assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
 
@@ -202,13 +206,21 @@ def test_what_does_not_fit_is_refused(fields, message, teacher, tmp_path):
     train_and_evaluate(config, tmp_path / "run")
 
 
-def test_another_vocabulary_is_refused(teacher, tmp_path):
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize(
+  "field", ["distill.teacher", "init.inherit", "init.pretrained"]
+)
+def test_another_vocabulary_is_refused(teacher, tmp_path, exported, field):
+  from gcl_jax.checkpoints.export import export_run
   from gcl_jax.train import train_and_evaluate
 
   Tokenizer.train(["other words"], 520, 32).save(tmp_path / "words")
-  config = recipe(teacher, 1, **{"tokenizer.path": str(tmp_path / "words")})
+  elder = export_run(teacher, tmp_path / "hf") if exported else teacher
+  config = recipe("", 1, **{"tokenizer.path": str(tmp_path / "words")})
+  config.update_from_flattened_dict({field: str(elder)})
   with pytest.raises(UserError, match="another vocabulary"):
     train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_the_step_with_a_teacher_compiles_from_shapes_alone():

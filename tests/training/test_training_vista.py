@@ -41,6 +41,17 @@ WORDS = (
 WORDS += ("square", "triangle", "small", "large", "two", "left", "right", "above", "of")
 
 
+SMALL_TOWER = {
+  "hidden_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 100,
+  "patch_size": 14,
+  "image_size": 56,
+  "projection_dim": 12,
+}
+
+
 def recipe(variant: str = "finetune", **fields):
   """configs/vista.py at a size for tests."""
   namespace: dict = {}
@@ -243,15 +254,7 @@ def test_a_start_from_a_text_encoder(tmp_path):
   assert start.model.config == cases.BASE and start.processor.image.image_size == 32
   np.testing.assert_allclose(np.exp(start.params()["logit_scale"]), 50, rtol=1e-6)
   config.init.image_tower = ""
-  config.model.hf.vision_config = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 100,
-    "patch_size": 14,
-    "image_size": 56,
-    "projection_dim": 12,
-  }
+  config.model.hf.vision_config = SMALL_TOWER
   start = make_start(config, [], None, False)
   assert start.model.config.vision == cases.M3.vision
   assert start.processor.image.image_size == 56
@@ -263,8 +266,81 @@ def test_a_start_from_a_text_encoder(tmp_path):
 def test_an_image_tower_beside_a_whole_model_is_refused(tmp_path):
   cases.write_folder(tmp_path)
   fields = {"init.pretrained": str(tmp_path), "init.image_tower": "eva.pt"}
-  with pytest.raises(UserError, match=r"image_tower='eva\.pt' .* leave it empty"):
+  with pytest.raises(UserError, match=r"image_tower='eva\.pt' .* tower empty"):
     make_start(recipe(**fields), [], None, False)
+  scratch = {"model.name": "ViT-B/32", "init.image_tower": "eva.pt"}
+  with pytest.raises(UserError, match=r"image_tower='eva\.pt' .* tower empty"):
+    make_start(recipe(**scratch), [], None, False)
+  with pytest.raises(UserError, match=r"image_tower='eva\.pt' .* tower empty"):
+    model_from_config(recipe(**scratch))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"init.image_tower": "eva.pt"}, "has sizes of its own"),
+    (
+      {"model.hf.text_config": {"hidden_size": 48}},
+      "text_config shapes a text encoder",
+    ),
+    ({"tokenizer.path": "WORDS"}, "holds another vocabulary"),
+  ],
+)
+def test_settings_that_a_text_encoder_leaves_no_room_for(tmp_path, fields, message):
+  cases.write_text_encoder(tmp_path / "bge")
+  cases.write_tokenizer(tmp_path / "words", WORDS)
+  config = recipe(**{"init.pretrained": str(tmp_path / "bge")})
+  config.model.hf.vision_config = SMALL_TOWER
+  fields = {
+    k: str(tmp_path / "words") if v == "WORDS" else v for k, v in fields.items()
+  }
+  hf = fields.pop("model.hf.text_config", None)
+  config.update_from_flattened_dict(fields)
+  if hf:
+    config.model.hf.text_config = hf
+  with pytest.raises(UserError, match=message):
+    make_start(config, [], None, False)
+
+
+def test_a_drawn_image_tower_has_the_size_that_is_asked_for(tmp_path):
+  cases.write_text_encoder(tmp_path)
+  config = recipe(**{"init.pretrained": str(tmp_path), "model.image_size": 28})
+  config.model.hf.vision_config = SMALL_TOWER
+  start = make_start(config, [], None, False)
+  assert start.model.config.vision.image_size == 28
+  assert start.processor.image.image_size == 28
+  at_one = start.params()["vision"]["position_embedding"]["embedding"]
+  config.init.vision_positions = 3.0
+  scaled = make_start(config, [], None, False).params()
+  np.testing.assert_allclose(
+    scaled["vision"]["position_embedding"]["embedding"], 3 * at_one, rtol=1e-6
+  )
+
+
+def test_weights_are_inherited_from_clip_to_clip(tmp_path):
+  cases.write_folder(tmp_path)
+  config = default_config()
+  config.model.name, config.init.inherit = "VISTA-base", str(tmp_path)
+  with pytest.raises(UserError, match="from CLIP to CLIP"):
+    make_start(config, [], None, False).params()
+
+
+def test_a_recipe_that_is_not_there():
+  with pytest.raises(UserError, match=r"vista\.py:other: there are finetune, stage1"):
+    recipe("other")
+
+
+def test_the_small_recipe_begins_from_a_text_encoder(tmp_path):
+  cases.write_text_encoder(tmp_path)
+  config = recipe("small", **{"init.pretrained": str(tmp_path)})
+  with pytest.raises(
+    UserError, match="40 positions: no text fits"
+  ):  # it has 36 patches
+    config.model.image_size = 160
+    make_start(config, [], None, False)
+  config.model.image_size = 0
+  start = make_start(config, [], None, False)
+  assert start.model.config.vision.layers == 4 and start.model.config.pair_context == 4
 
 
 def test_from_scratch_it_needs_a_text_encoders_vocabulary(tmp_path):
@@ -278,7 +354,7 @@ def test_from_scratch_it_needs_a_text_encoders_vocabulary(tmp_path):
   assert start.model.config.text.vocab_size == 10
   assert start.processor.image == ImageProcessor(round_crop=True)
   config.model.name = "ViT-B/32"
-  with pytest.raises(UserError, match=r"tokenizer of another kind.* a CLIP's"):
+  with pytest.raises(UserError, match=r"of another kind: this model takes a CLIP's"):
     make_start(config, [], None, False)
   config.model.name, config.tokenizer.path = "VISTA-m3", ""
   assert model_from_config(config).config.text.vocab_size == 250_002
