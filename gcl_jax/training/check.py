@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def direction_weights(config: ConfigDict, of: str = "loss") -> np.ndarray | None
   if array.shape == (9,):
     array = array.reshape(3, 3)
   off_diagonal = array[~np.eye(3, dtype=bool)] if array.shape == (3, 3) else array
-  if array.shape != (3, 3) or (off_diagonal < 0).any() or not off_diagonal.any():
+  sound = np.isfinite(off_diagonal).all() and (off_diagonal >= 0).all()
+  if array.shape != (3, 3) or not sound or not off_diagonal.any():
     raise UserError(
       f"config.{of}.direction_weights is {weights}: 3 rows of 3 weights (query image, "
       "text, fused by candidate image, text, fused), none negative and not all zero."
@@ -153,8 +155,17 @@ def check_numbers(config: ConfigDict) -> None:
   }
   for field, lowest in at_least.items():
     value = _field(config, field)
-    if not value >= lowest:
-      raise UserError(f"config.{field} is {value}: it is at least {lowest}.")
+    if not lowest <= value < math.inf:
+      raise UserError(
+        f"config.{field} is {value}: it is at least {lowest}, and finite."
+      )
+  if config.distill.teacher and not (
+    config.distill.weight or config.distill.loss_weight
+  ):
+    raise UserError(
+      "config.distill.weight and config.distill.loss_weight are both 0: nothing would be "
+      "trained."
+    )
   if not 0 <= config.ema_decay < 1:
     raise UserError(
       f"config.ema_decay is {config.ema_decay}: it is at least 0 (off) and below 1."

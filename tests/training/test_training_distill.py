@@ -185,6 +185,12 @@ def test_a_student_inherits_mimics_and_goes_on_without_its_teacher(teacher, tmp_
     ({"model.hf.vision_config.image_size": 32}, "sees 64 pixels a side and this.* 32"),
     ({"init.inherit": "nowhere/at/all"}, "there is no folder nowhere/at/all"),
     ({"distill.weight": -1.0}, "config.distill.weight is -1"),
+    ({"distill.weight": float("inf")}, "config.distill.weight is inf"),
+    ({"distill.weight": 0.0, "distill.loss_weight": 0.0}, "both 0: nothing would be"),
+    (
+      {"distill.direction_weights": ((0, 1, float("nan")), (1, 0, 1), (1, 1, 0))},
+      r"config.distill.direction_weights is .*nan",
+    ),
     ({"distill.direction_weights": (1, 2)}, r"config.distill.direction_weights is \(1"),
     (
       {"init.inherit": "SAME", "model.hf.text_config.num_hidden_layers": 3},
