@@ -7,7 +7,7 @@ import os
 from jax.sharding import Mesh
 
 from gcl_jax.errors import UserError
-from gcl_jax.models import build, read_model
+from gcl_jax.models import build, read_model, refuse_other_words
 from gcl_jax.retrieval.embedder import Embedder
 
 
@@ -42,6 +42,7 @@ def load(
 
   if is_run(source):
     model, params, processor, config = read_run(source, step)
+    refuse_other_words(processor.tokenizer, tokenizer, source)
   elif step is not None:
     raise UserError(f"{source} is not a run's folder: it has no step {step}.")
   else:

@@ -164,3 +164,9 @@ def test_nothing_to_load_is_a_user_error(tmp_path):
     load(tmp_path / "nowhere")
   with pytest.raises(UserError):
     load(tmp_path)
+
+
+def test_a_runs_vocabulary_is_its_own(tiny_run, tmp_path):
+  Tokenizer.train(["other words"], 520, 32).save(tmp_path)
+  with pytest.raises(UserError, match="holds another vocabulary"):
+    load(tiny_run, tokenizer=str(tmp_path))
