@@ -191,7 +191,10 @@ def _size(shapes: Shapes, key: str, axis: int, where: str, low: int = 1) -> int:
       "that was published."
     )
   if len(shape) <= axis or shape[axis] < low:
-    raise UserError(f"{where}: {key} is {shape}, which is not its shape in any CLIP.")
+    raise UserError(
+      f"{where}: {key} is {shape}, which is not its shape in any CLIP. Take the file that "
+      "was published."
+    )
   return shape[axis]
 
 

@@ -125,7 +125,7 @@ def _open_safetensors(file: Path, stack: contextlib.ExitStack) -> dict[str, Read
 
 def _unread(file: Path, key: str, kind: str) -> UserError:
   return UserError(
-    f"{file}: {key} is a tensor of kind {kind}, which is not read: save the weights as "
+    f"{file}: {key} is a tensor of kind {kind!r}, which is not read: save the weights as "
     "dense float32, float16 or bfloat16."
   )
 
@@ -155,10 +155,12 @@ def _open_torch(file: Path) -> dict[str, Reader]:
 
   def read(key: str, tensor) -> np.ndarray:
     kind = str(tensor.dtype).removeprefix("torch.")
-    dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if not dense or kind not in _TORCH_KINDS:
-      layout = str(tensor.layout).removeprefix("torch.")
-      raise _unread(file, key, f"{kind} ({layout}, on {tensor.device})")
+    if tensor.layout is not torch.strided:
+      kind += f", {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.device.type != "cpu":
+      kind += f", without its numbers ({tensor.device})"
+    if kind not in _TORCH_KINDS:
+      raise _unread(file, key, kind)
     # NumPy has no bfloat16 of PyTorch's.
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
