@@ -91,8 +91,8 @@ class ResNetConfig:
 
   @property
   def grid(self) -> int:
-    """Cells a side that the pool looks at."""
-    return self.image_size // 32
+    """Cells a side that the pool looks at: the stem rounds up, all behind it down."""
+    return (self.image_size + 1) // 32
 
   @property
   def positions(self) -> int:
@@ -204,7 +204,7 @@ class CLIPConfig:
       vision = VisionConfig(**fields_of(part, _VISION, VisionConfig, "vision"))
     text = TextConfig(**fields_of(towers["text"], _TEXT, TextConfig, "text"))
     if vision.grid < 1 and isinstance(vision, ResNetConfig):
-      raise UserError(f"vision_config.image_size is {vision.image_size}, under 32.")
+      raise UserError(f"vision_config.image_size is {vision.image_size}, under 31.")
     if vision.grid < 1:
       raise UserError(
         f"vision_config.patch_size is {vision.patch}, more than its image_size "
@@ -304,15 +304,16 @@ def fields_of(part, table, defaults, tower: str) -> dict[str, Any]:
 def _own_fields(part, plain: dict[str, Any], where: str) -> dict[str, Any]:
   """The fields of a tower that was pruned."""
   own: dict[str, Any] = {"head_width": number(part, "head_dim", 64, where)}
-  for ours, theirs in _OWN[1:]:
+  # Without heads there is no attention; an MLP without channels still adds its bias.
+  for (ours, theirs), low in zip(_OWN[1:], (1, 0), strict=True):
     sizes = part.get(theirs) or []
     whole = isinstance(sizes, list | tuple) and all(
-      n is None or (type(n) is int and n >= 0) for n in sizes
+      n is None or (type(n) is int and n >= low) for n in sizes
     )
     if not whole or len(sizes) not in (0, plain["layers"]):
       raise UserError(
-        f"{where}.{theirs} is {sizes!r}: it must be a number, or null, for each of the "
-        f"{plain['layers']} layers."
+        f"{where}.{theirs} is {sizes!r}: it must be a number from {low} on, or null, for "
+        f"each of the {plain['layers']} layers."
       )
     own[ours] = tuple(sizes)
   if bool(own["layer_heads"]) != bool(own["layer_mlps"]):

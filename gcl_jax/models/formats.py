@@ -15,7 +15,12 @@ from gcl_jax.errors import UserError
 from gcl_jax.models.config import CLIPConfig
 from gcl_jax.models.convert import from_tensors
 from gcl_jax.models.native import native_config, native_layout
-from gcl_jax.models.open_clip import DESCRIPTION, open_clip_config, open_clip_images
+from gcl_jax.models.open_clip import (
+  DESCRIPTION,
+  open_clip_config,
+  open_clip_images,
+  part_of,
+)
 from gcl_jax.models.weights import Tensors
 from gcl_jax.processing import ImageProcessor
 
@@ -23,6 +28,8 @@ _ENCODER = re.compile(
   r"^_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.(?=.)"
 )
 _NAMED = 4  # keys that an error of an unknown layout shows
+# Numbers that OpenAI's archives hold beside the weights; other scripted CLIPs do not.
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 
 class Found(NamedTuple):
@@ -112,7 +119,7 @@ def _image_tower(*names: str) -> Callable[[Found], bool]:
   """Whether OpenCLIP's description names a timm model like that, or any."""
 
   def recognises(found: Found) -> bool:
-    vision = (found.described.get("model_cfg") or {}).get("vision_cfg") or {}
+    vision = part_of(part_of(found.described, "model_cfg"), "vision_cfg")
     named = str(vision.get("timm_model_name") or "")
     return bool(named) and (not names or any(name in named for name in names))
 
@@ -129,7 +136,12 @@ def _is_clip(found: Found) -> bool:
 
 def _is_tinyclip(found: Found) -> bool:
   wrapped = any(_ENCODER.match(key.replace("module.", "")) for key in found.keys)
-  return _is_clip(found) and (wrapped or found.where.name.startswith("TinyCLIP"))
+  named = found.where.name.startswith("TinyCLIP") and not found.described
+  return _is_clip(found) and (wrapped or named)
+
+
+def _is_openai(found: Found) -> bool:
+  return _is_clip(found) and found.scripted and found.keys >= _OPENAI
 
 
 def _read_tinyclip(found: Found) -> Read:
@@ -198,9 +210,7 @@ FORMATS: tuple[Format, ...] = (
     "a CoCa",
     _either(
       _has("text_decoder.", "visual.attn_pool."),
-      lambda found: bool(
-        (found.described.get("model_cfg") or {}).get("multimodal_cfg")
-      ),
+      lambda found: bool(part_of(found.described, "model_cfg").get("multimodal_cfg")),
     ),
   ),
   Format(
@@ -225,8 +235,6 @@ FORMATS: tuple[Format, ...] = (
   ),
   Format("a Hugging Face CLIP", _has("vision_model.", "text_model."), _refuse_alone),
   Format("a TinyCLIP", _is_tinyclip, _read_tinyclip),
-  Format(
-    "OpenAI's archive", lambda found: _is_clip(found) and found.scripted, _read_openai
-  ),
+  Format("OpenAI's archive", _is_openai, _read_openai),
   Format("an OpenCLIP model", _is_clip, _read_open_clip),
 )

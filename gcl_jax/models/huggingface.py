@@ -35,6 +35,8 @@ from gcl_jax.models.weights import open_weights
 CONFIG, WEIGHTS, SETTINGS = "config.json", "model.safetensors", "gcl_jax.json"
 PYTORCH_FILE = "pytorch_clip.py"
 _BIN = "pytorch_model.bin"
+# No model's hub id ends so: a name that does is that of a file.
+_FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".gz")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What is fetched from the hub: never the same weights in three frameworks' formats.
 _SMALL_FILES = (
@@ -65,8 +67,8 @@ def local_folder(source: str | os.PathLike, weights: bool = True) -> Path:
     weights: whether they are wanted, of a hub id, beside the small files.
 
   Raises:
-    UserError: neither a folder nor an id, or the hub has no such model, or cannot be
-      reached and the cache does not have it.
+    UserError: neither a folder nor an id (but a file's name), or the hub has no such
+      model, or cannot be reached and the cache does not have it.
   """
   path = Path(source).expanduser()
   if path.is_dir():
@@ -74,6 +76,8 @@ def local_folder(source: str | os.PathLike, weights: bool = True) -> Path:
   name = os.fspath(source)
   if path.exists():
     raise UserError(f"{name} is a file: name the folder of a model that holds it.")
+  if path.suffix in _FILE_ENDINGS:
+    raise UserError(f"there is no file {name}: check its name and folder.")
   if path.is_absolute() or not _HUB_ID.fullmatch(name) or name.startswith("."):
     raise UserError(f"there is no folder {name}: name a model's folder or a hub id.")
   if not weights:

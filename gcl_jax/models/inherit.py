@@ -15,8 +15,8 @@ from gcl_jax.models.model import build
 from gcl_jax.sharding import map_with_path
 
 _ALIKE = {
-  "vision": ("patch", "image_size", "act"),
-  "text": ("vocab_size", "context", "act"),
+  "vision": ("patch", "image_size", "act", "eps"),
+  "text": ("vocab_size", "context", "act", "eps"),
 }
 _AT_MOST = ("layers", "width", "heads", "mlp")
 

@@ -183,15 +183,18 @@ def native_config(
   return CLIPConfig(vision, text, _size(shapes, "text_projection", 1, where))
 
 
-def _size(shapes: Shapes, key: str, axis: int, where: str) -> int:
+def _size(shapes: Shapes, key: str, axis: int, where: str, low: int = 1) -> int:
   shape = shapes.get(key)
   if shape is None:
     raise UserError(
       f"{where} has no {key}: it is not a whole CLIP in OpenCLIP's layout. Take the file "
       "that was published."
     )
-  if len(shape) <= axis:
-    raise UserError(f"{where}: {key} is {shape}, which is not its shape in any CLIP.")
+  if len(shape) <= axis or shape[axis] < low:
+    raise UserError(
+      f"{where}: {key} is {shape}, which is not its shape in any CLIP. Take the file that "
+      "was published."
+    )
   return shape[axis]
 
 
@@ -212,18 +215,23 @@ def _layers(
   found = [int(m[1]) for m in map(pattern.fullmatch, shapes) if m]
   if not found:
     raise UserError(f"{where} has no {tower}.resblocks: it is not a whole CLIP.")
+
+  def rows(key: str, low: int) -> int | None:
+    return _size(shapes, key, 0, where, low) if key in shapes else None
+
   heads: list[int | None] = []
   mlps: list[int | None] = []
   for i in range(max(found) + 1):
     block = f"{tower}.resblocks.{i}"
-    inner = shapes.get(f"{block}.attn.in_proj_weight", (None,))[0]
+    inner = rows(f"{block}.attn.in_proj_weight", 1)
     if inner is not None and inner % (3 * head):
       raise UserError(
         f"{where}: {block}.attn.in_proj_weight has {inner} rows, which is no whole number "
         f"of heads of {head} channels for query, key and value."
       )
     heads.append(None if inner is None else inner // (3 * head))
-    mlps.append(shapes.get(f"{block}.mlp.c_fc.weight", (None,))[0])
+    # A pruned MLP that lost all its channels still adds its bias.
+    mlps.append(rows(f"{block}.mlp.c_fc.weight", 0 if pruned else 1))
   most = {
     "heads": max(max(n or 0 for n in heads), 1),
     "mlp": max(max(n or 0 for n in mlps), 1),

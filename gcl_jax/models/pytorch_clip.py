@@ -207,7 +207,7 @@ class ResNet(nn.Module):
         inputs = 4 * channels
       setattr(self, f"layer{stage}", nn.Sequential(*blocks))
     self.attnpool = AttentionPool(
-      (config["image_size"] // 32) ** 2 + 1,
+      ((config["image_size"] + 1) // 32) ** 2 + 1,
       inputs,
       config["num_attention_heads"],
       outputs,

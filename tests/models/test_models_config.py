@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import clip_cases as cases
 import jax
@@ -138,11 +140,16 @@ def test_a_tower_that_is_no_dict_is_refused():
       {"layer_heads": [None, 7] * 6, "layer_intermediate_sizes": [2048] * 12},
       "layer_heads has at most 7, but num_attention_heads is 8",
     ),
+    (
+      "text",
+      {"layer_heads": [0, 8] * 6, "layer_intermediate_sizes": [2048] * 12},
+      "layer_heads is .* from 1 on, or null",
+    ),
     ("vision", {"model_type": "clip_resnet_vision_model", "stage_layers": [3]}, "four"),
     (
       "vision",
-      {"model_type": "clip_resnet_vision_model", "image_size": 31},
-      "under 32",
+      {"model_type": "clip_resnet_vision_model", "image_size": 30},
+      "under 31",
     ),
     ("vision", {"model_type": "clip_resnet_vision_model", "hidden_size": 7}, "even"),
   ],
@@ -160,3 +167,21 @@ def test_a_pruned_tower_goes_to_json_and_back():
   assert config.text.head == 64 and not config.plain and config.vision.plain
   assert config.to_hf()["model_type"] == "gcl_jax_clip"
   assert CLIPConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_the_config_of_a_tinyclips_distillation():
+  path = Path(__file__).parents[2] / "configs" / "tinyclip_distill.py"
+  get_config = runpy.run_path(str(path))["get_config"]
+  configs = {variant: get_config(variant) for variant in ("61M", "40M")}
+  for variant, config in configs.items():
+    assert variant in config.name
+    assert named_config(config.model.name).text.act == "gelu"
+  large, small = (named_config(c.model.name) for c in configs.values())
+  # The second student is cut out of the first.
+  assert configs["61M"].model.name in configs["40M"].init.inherit
+  assert (small.vision.layers, small.vision.patch) == (large.vision.layers, 32)
+  assert small.vision.width < large.vision.width and small.text.layers == 6
+  assert configs["61M"].init.inherit == configs["61M"].distill.teacher
+  assert get_config().to_dict() == configs["61M"].to_dict()
+  with pytest.raises(UserError, match=r"tinyclip_distill\.py:8M: there are 61M, 40M"):
+    get_config("8M")

@@ -6,12 +6,15 @@ import ast
 import collections
 import functools
 import importlib.util
+import io
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
 import clip_cases
 import jax
+import jax.numpy as jnp
 import native_cases as cases
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ import torch
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
 from gcl_jax.models import build, read_model, read_pretrained, write_pretrained
-from gcl_jax.models.config import CLIPConfig, ResNetConfig
+from gcl_jax.models.config import ACTIVATIONS, CLIPConfig, ResNetConfig
+from gcl_jax.models.layers import activate
 from gcl_jax.models.native import native_config
 from gcl_jax.models.weights import open_weights
 from gcl_jax.processing import Tokenizer
@@ -146,6 +150,47 @@ def test_open_clip_files_equal_pytorch(tmp_path, words, act, kind):
   assert not image.keep_aspect and image.image_size == read.config.vision.image_size
 
 
+def test_a_scripted_clip_of_another_is_read_by_its_description(tmp_path, words):
+  state = cases.vit()
+  save_scripted(state, tmp_path / "model.pt")
+  with pytest.raises(UserError, match=r"which activation.*open_clip_config\.json"):
+    read_model(tmp_path / "model.pt", str(words))
+  describe(tmp_path, False, state)
+  read = read_model(tmp_path / "model.pt", str(words))
+  assert read.config.vision.act == read.config.text.act == "gelu"
+  assert list(read.processor.image.mean) == [0.5, 0.4, 0.3]
+
+
+def test_a_name_is_no_reason_to_pass_over_a_description(tmp_path, words):
+  state = cases.vit()
+  torch.save(state, tmp_path / "TinyCLIP-mine.pt")
+  assert read_model(tmp_path / "TinyCLIP-mine.pt", str(words)).config.text.act == "gelu"
+  describe(tmp_path, True, state)
+  read = read_model(tmp_path / "TinyCLIP-mine.pt", str(words))
+  assert read.config.text.act == "quick_gelu"
+  assert list(read.processor.image.mean) == [0.5, 0.4, 0.3]
+
+
+def test_pixels_that_are_left_over_are_in_the_description_alone(tmp_path, words):
+  state = cases.vit()
+  described = describe(tmp_path, False, state)
+  vision = described["model_cfg"]["vision_cfg"]
+  safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
+
+  def read(size):
+    vision["image_size"] = size
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    return read_model(tmp_path, str(words))
+
+  found = read(36)  # 4 patches of 8 a side
+  assert found.config.vision.image_size == found.processor.image.image_size == 36
+  assert max(gaps(found, state, "gelu")) < CLOSE
+  assert read([39, 39]).config.vision.image_size == 39
+  for size in (31, 40, [36, 38]):
+    with pytest.raises(UserError, match=r"says vision_cfg\.image_size"):
+      read(size)
+
+
 @pytest.mark.parametrize("ddp", [False, True])
 def test_a_tinyclip_file_equals_pytorch(tmp_path, words, ddp):
   state = cases.vit(width=192)
@@ -179,7 +224,8 @@ def test_the_releases_own_way_to_load_differs_by_its_folded_gates(uneven):
   state, plan = cases.uneven()
   folded = cases.pruned(state, plan, cases.GATE)
   found = gaps(read, folded, "gelu")
-  assert 1e-7 < max(found) < 2e-5  # measured: 4e-6
+  # Measured: 2.5e-6. With gates of 1 it is rounding alone, 2e-7.
+  assert 1e-6 < max(found) < 2e-5
 
 
 def _gradient(config, params, pixels, tokens, remat="none"):
@@ -285,6 +331,41 @@ def test_an_export_is_bit_identical(request, which, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, read.params)
 
 
+@pytest.mark.parametrize("size, cells", [(31, 1), (62, 1), (63, 2), (95, 3)])
+def test_a_resnet_looks_at_as_many_cells_as_its_stem_leaves(size, cells):
+  config = CLIPConfig(ResNetConfig(4, (1, 1, 1, 1), 2, size))
+  model = build(config)
+  pixels = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+  found = jax.eval_shape(
+    lambda params, pixels: model.bind(params).embed_image(pixels),
+    model.abstract(),
+    pixels,
+  )
+  assert config.vision.grid == cells and found.shape == (1, 512)
+  theirs = _pytorch_file(Path(build.__code__.co_filename).parent)
+  tower = theirs.ResNet(config.to_hf()["vision_config"], 8)
+  assert tower(torch.zeros(1, 3, size, size)).shape == (1, 8)
+
+
+def test_the_pytorch_file_has_our_activations_and_ends_of_text(rn, tmp_path):
+  theirs = _pytorch_file(Path(build.__code__.co_filename).parent)
+  x = np.linspace(-6, 6, 101, dtype=np.float32)
+  assert theirs.ACTIVATIONS.keys() == set(ACTIVATIONS)
+  for name, act in theirs.ACTIVATIONS.items():
+    np.testing.assert_allclose(
+      act(torch.from_numpy(x)).numpy(), activate(jnp.asarray(x), name), atol=1e-6
+    )
+  _, read = rn
+  write_pretrained(tmp_path, read.config, read.params)
+  exported, tokens = theirs.load(tmp_path), torch.from_numpy(cases.sentences()).long()
+  with torch.no_grad():
+    want = exported.encode_text(tokens)
+    exported.end = 2  # of old configs: the largest id
+    assert torch.equal(exported.encode_text(tokens), want)
+    exported.end = 3
+    assert not torch.equal(exported.encode_text(tokens), want)
+
+
 def test_the_pytorch_file_imports_torch_and_safetensors_alone():
   source = Path(build.__code__.co_filename).with_name("pytorch_clip.py").read_text()
   found = set()
@@ -363,6 +444,23 @@ def test_a_missing_key_that_says_the_shape(tiny, tmp_path, words):
     ("vision_cfg.timm_model_name", "convnext_base", "an image tower of timm, which"),
     ("multimodal_cfg", {"layers": 12}, "a CoCa, which"),
     ("text_cfg", None, "has no text_cfg"),
+    ("vision_cfg", "ViT-B-32", "has vision_cfg='ViT-B-32', which has no fields"),
+    ("text_cfg", [1], r"has text_cfg=.1., which has no fields"),
+    ("text_cfg.heads", "2", "text_cfg.heads='2', which is no size"),
+    ("text_cfg.heads", -2, "text_cfg.heads=-2, which is no size"),
+    ("text_cfg.heads", 0, "text_cfg.heads=0, which is no size"),
+    ("text_cfg.heads", 3, "text_cfg.heads=3, which does not divide the 128"),
+    ("text_cfg.heads", 1000, "text_cfg.heads=1000, which does not divide the 128"),
+    ("vision_cfg.head_width", "64", "vision_cfg.head_width='64', which is no size"),
+    ("vision_cfg.head_width", 48, "vision_cfg.head_width=48, which does not divide"),
+    ("vision_cfg.image_size", [32], r"vision_cfg.image_size=.32., which is no size"),
+    ("vision_cfg.layers", [2, 1, 2, 1], "says vision_cfg.layers"),
+    ("text_cfg.width", 128.0, "text_cfg.width=128.0, which is no size"),
+    ("text_cfg.layers", True, "text_cfg.layers=True, which is no size"),
+    ("embed_dim", 999, "says model_cfg.embed_dim 999, but its tensors are of 24"),
+    ("embed_dim", "24", "model_cfg.embed_dim='24', which is no size"),
+    ("quick_gelu", "false", "model_cfg.quick_gelu='false', which is neither true"),
+    ("act_kwargs", {"a": 1}, "model_cfg.act_kwargs={'a': 1}, which is not supported"),
   ],
 )
 def test_a_description_that_means_something_else(
@@ -378,10 +476,43 @@ def test_a_description_that_means_something_else(
   _refused(tmp_path, words, state, match)
 
 
-def test_a_way_of_resizing_that_is_not_supported(tiny, tmp_path, words):
+def test_fields_without_effect_are_let_through(tiny, tmp_path, words):
+  state, described = tiny
+  described["model_cfg"] |= {
+    "custom_text": True,
+    "init_logit_scale": 2.6,
+    "unknown": {},
+  }
+  described["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.5
+  described["preprocess_cfg"]["mode"] = "RGB"
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+  safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
+  read_model(tmp_path, str(words))
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32", ["ViT-B-32"]])
+def test_a_description_without_fields(tiny, tmp_path, words, model):
   state, _ = tiny
-  describe(tmp_path, False, state, resize_mode="longest")
-  _refused(tmp_path, words, state, "resizes by 'longest'")
+  (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+  _refused(tmp_path, words, state, "has model_cfg=.*, which has no fields")
+
+
+@pytest.mark.parametrize(
+  "settings, match",
+  [
+    ({"resize_mode": "longest"}, "resizes by 'longest'"),
+    ({"interpolation": ["bicubic"]}, r"and \['bicubic'\]; supported"),
+    ({"mode": "L"}, "preprocess_cfg.mode='L', which is not supported"),
+    ("squash", "has preprocess_cfg='squash', which has no fields"),
+  ],
+)
+def test_a_way_of_preparing_images_that_is_not_supported(
+  tiny, tmp_path, words, settings, match
+):
+  state, described = tiny
+  described["preprocess_cfg"] = settings
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+  _refused(tmp_path, words, state, match)
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
@@ -441,6 +572,11 @@ def test_no_tokenizer_beside_a_file(tmp_path, words):
     ("visual.positional_embedding", (11, 192), "no square image"),
     ("visual.transformer.resblocks.0.attn.in_proj_weight", (100, 192), "whole number"),
     ("text_projection", (192,), "not its shape in any CLIP"),
+    ("visual.transformer.resblocks.0.attn.in_proj_weight", (), "not its shape"),
+    ("visual.transformer.resblocks.1.attn.in_proj_weight", (0, 192), "not its shape"),
+    ("transformer.resblocks.1.mlp.c_fc.weight", (), "not its shape"),
+    ("token_embedding.weight", (514, 0), "not its shape"),
+    ("visual.conv1.weight", (192, 3, 0, 0), "not its shape"),
   ],
 )
 def test_sizes_that_are_no_model(tmp_path, words, key, shape, match):
@@ -458,9 +594,96 @@ class Bomb:
 
 def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path, words, capsys):
   torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Bomb()}, tmp_path / "a.pt")
-  with pytest.raises(UserError, match="no plain file of weights"):
+  with pytest.raises(UserError, match=r"more than tensors \(print\)"):
     read_model(tmp_path / "a.pt", str(words))
   assert "run" not in capsys.readouterr().out
+
+
+def _saved(old=False, **what):
+  out = io.BytesIO()
+  torch.save(what, out, _use_new_zipfile_serialization=not old)
+  return out.getvalue()
+
+
+_NUMBERS = torch.zeros(1000)
+
+
+@pytest.mark.parametrize(
+  "content, match",
+  [
+    (_saved(a=torch.nn.Linear(2, 2)), r"more than tensors \(torch\.nn\.modules\.lin"),
+    (_saved(old=True, a=Bomb()), r"more than tensors \(print\)"),
+    (b"", "no file that PyTorch saved"),
+    (b"hello", "no file that PyTorch saved"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "no file that PyTorch saved"),
+    (pickle.dumps({"a": 1}, 2), "no file that PyTorch saved"),
+    (_saved(a=_NUMBERS)[:-100], "damaged, or only a part"),
+    (_saved(a=_NUMBERS)[:700], "damaged, or only a part"),
+    (_saved(old=True, a=_NUMBERS)[:-100], "damaged, or only a part"),
+  ],
+)
+def test_a_file_that_pytorch_does_not_read_is_refused_in_our_words(
+  tmp_path, content, match
+):
+  path = tmp_path / "a.pt"
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=match) as caught, open_weights([path]):
+    pass
+  said = str(caught.value)
+  assert str(path) in said and "\n" not in said and "\x1b" not in said
+  assert not any(word in said for word in ("weights_only", "trust", "safe_globals"))
+  assert not any(word in said for word in ("(101)", "Errno", "operand"))
+
+
+def test_a_zip_of_another_kind_is_refused(tmp_path):
+  with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+    archive.writestr("a.txt", "x")
+  with (
+    pytest.raises(UserError, match="no file that PyTorch saved"),
+    open_weights([tmp_path / "a.pt"]),
+  ):
+    pass
+
+
+def test_one_tensor_is_no_model(tmp_path, words):
+  torch.save(torch.zeros(3), tmp_path / "a.pt")
+  with pytest.raises(UserError, match="holds a Tensor, not weights by name"):
+    read_model(tmp_path / "a.pt", str(words))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_kinds_of_tensors_that_are_not_read(tmp_path, ending):
+  path = tmp_path / f"a.{ending}"
+  odd = {"a": torch.ones(2).to(torch.float8_e4m3fn), "b": torch.ones(2).cfloat()}
+  whole = {"c": torch.ones(2, dtype=torch.bfloat16), "d": torch.arange(2)}
+  if ending == "pt":
+    odd |= {"e": torch.eye(2).to_sparse(), "f": torch.ones(2, device="meta")}
+    torch.save(odd | whole, path)
+  else:
+    safetensors.torch.save_file(odd | whole, path)
+  with open_weights([path]) as tensors:
+    for key in odd:
+      with pytest.raises(UserError, match=f"{path}: {key} is a tensor of kind"):
+        tensors[key]
+    np.testing.assert_array_equal(tensors["c"].astype("f4"), [1, 1])
+    np.testing.assert_array_equal(tensors["d"], [0, 1])
+
+
+def test_parameters_are_read_as_their_tensors(tmp_path):
+  values = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.ones(2)}
+  torch.save(values, tmp_path / "a.pt")
+  with open_weights([tmp_path / "a.pt"]) as tensors:
+    np.testing.assert_array_equal(tensors["a"], tensors["b"])
+
+
+def test_two_names_of_one_tensor(tiny, tmp_path, words):
+  state, _ = tiny
+  state["module.visual.proj"] = state["visual.proj"].clone()
+  safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
+  read_model(tmp_path, str(words))  # the same twice
+  state["module.visual.proj"] += 1
+  said = _refused(tmp_path, words, state, "two different tensors")
+  assert "holds module.visual.proj and visual.proj," in said
 
 
 def _rewritten(source, target, change):
@@ -474,8 +697,6 @@ def _rewritten(source, target, change):
 
 @pytest.mark.parametrize("how", ["code", "short", "missing", "rubbish"])
 def test_a_scripted_archive_runs_nothing(tmp_path, words, capsys, how):
-  import pickle
-
   save_scripted(cases.vit(), tmp_path / "good.pt")
   bomb = pickle.dumps(collections.OrderedDict(a=Bomb()), protocol=2)
 
@@ -501,6 +722,13 @@ def test_a_scripted_archive_is_read_whole(tmp_path):
     for key, value in state.items():
       np.testing.assert_array_equal(tensors[key], value.numpy())
     np.testing.assert_array_equal(tensors["t"], state["a.b.c"].T.numpy())
+
+
+def test_zero_sized_tensors_of_a_model_that_is_not_pruned():
+  shapes = {k: tuple(v.shape) for k, v in cases.vit().items()}
+  shapes["transformer.resblocks.1.mlp.c_fc.weight"] = (0, 128)
+  with pytest.raises(UserError, match=r"c_fc\.weight is \(0, 128\)"):
+    native_config(shapes, "the file", act="gelu")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,15 @@ def test_what_can_be_no_hub_id_is_not_looked_up(name):
     local_folder(name)
 
 
+@pytest.mark.parametrize(
+  "name",
+  ["TinyCLIP-ViT.pt", "owner/x.pth", "/no/such/a.bin", "./a.safetensors", "a/b/c.pt"],
+)
+def test_a_mistyped_file_is_called_a_file(name):
+  with pytest.raises(UserError, match=f"there is no file {name}"):
+    local_folder(name)
+
+
 def test_a_file_is_not_a_folder(folder):
   with pytest.raises(UserError, match="is a file"):
     local_folder(folder / "config.json")

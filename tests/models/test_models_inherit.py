@@ -98,6 +98,8 @@ def test_every_array_is_the_published_part_of_the_larger_one():
     ({"vision_config__patch_size": 4}, "vision.patch is 4 here and 8"),
     ({"text_config__vocab_size": 31}, "text.vocab_size is 31 here and 30"),
     ({"text_config__hidden_act": "gelu"}, "text.act is gelu here and quick_gelu"),
+    ({"vision_config__layer_norm_eps": 1e-6}, "vision.eps is 1e-06 here and 1e-05"),
+    ({"text_config__layer_norm_eps": 1e-6}, "text.eps is 1e-06 here and 1e-05"),
     ({"vision_config__num_hidden_layers": 8}, "vision.layers is 8 here, more"),
     ({"projection_dim": 12}, "projection_dim is 12 here, more"),
     ({"text_config__num_attention_heads": 2}, "8 channels here and 4"),
