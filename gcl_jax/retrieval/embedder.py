@@ -18,6 +18,7 @@ from PIL import Image
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import NORM_FLOOR, fuse
+from gcl_jax.models import VistaConfig
 from gcl_jax.processes import Largest
 from gcl_jax.processing import ImageError, ImageProcessor, Processor
 from gcl_jax.sharding import (
@@ -155,6 +156,11 @@ class Embedder:
         collect(left=_IN_FLIGHT)
       collect(left=0)
     return out
+
+  @property
+  def fuses_by_itself(self) -> bool:
+    """Whether an image with a text is a pass of the model's own, and no sum of two."""
+    return isinstance(self.model.config, VistaConfig)
 
   @property
   def batch_size(self) -> int:

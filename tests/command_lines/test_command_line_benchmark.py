@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.evaluate import cut_notes, fusion_notes
-from gcl_jax.fusion import FusionSettings
+from gcl_jax.fusion import ENCODER, FusionSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +83,15 @@ def test_fusing_unlike_the_model_s_training_is_said(used, own, said):
     "model": {"fusion": FusionSettings(**own).to_dict()},
   }
   assert bool(fusion_notes(result)) is said
+
+
+@pytest.mark.parametrize("used", ["raw", "unit"])
+def test_of_an_encoder_that_fuses_nothing_else_is_called_its_own(used):
+  result = {"protocol": {"fusion": used}, "model": {"fusion": {"of": ENCODER}}}
+  (note,) = fusion_notes(result)
+  assert f"({used})" in note and "own encoder fuses" in note
+  result["protocol"]["fusion"] = "checkpoint"
+  assert fusion_notes(result) == []
 
 
 def test_texts_that_were_cut_are_said():
