@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from gcl_jax.errors import UserError
-from gcl_jax.models import build, read_pretrained
+from gcl_jax.models import VISTA_SHAPES, build, read_pretrained
 from gcl_jax.processing import EncoderTokenizer, ImageProcessor, Processor
 from gcl_jax.sharding import make_mesh, map_with_path
 from gcl_jax.training.config import default_config
@@ -153,7 +154,52 @@ def test_the_export_gives_pytorch_the_same_embeddings(trained, tmp_path):
   np.testing.assert_allclose(again, got[2], atol=1e-6)
   card = (folder / "README.md").read_text()
   assert "gcl_jax.load" in card and "CLIPModel" not in card
+  assert "No class of PyTorch's holds this shape" in card
   assert "vocab.txt" in {path.name for path in folder.iterdir()}
+
+
+def test_the_class_that_loads_an_export_is_named_for_its_two_shapes_alone(tmp_path):
+  from gcl_jax.checkpoints.card import in_pytorch, vista_card
+
+  for name, encoder in (("VISTA-base", "bge-base-en-v1.5"), ("VISTA-m3", "bge-m3")):
+    # What the logit scale begins from is no part of the file.
+    config = dataclasses.replace(VISTA_SHAPES[name], logit_scale_init=1.0)
+    assert f'model_name_bge="{encoder}"' in vista_card("run", config, "")
+    assert "Visualized_BGE with model_weight=" in in_pytorch(config, tmp_path)
+  for config in (cases.BASE, cases.M3):
+    assert "model_name_bge" not in vista_card("run", config, "")
+    said = in_pytorch(config, tmp_path)
+    assert said.startswith("no class holds this shape") and "FlagEmb" not in said
+
+
+def test_without_pytorch_an_export_fails_before_the_checkpoint_is_read(
+  trained, tmp_path, monkeypatch
+):
+  from gcl_jax.checkpoints import export
+
+  def refuse(*_):
+    raise AssertionError("the checkpoint was read")
+
+  monkeypatch.setattr(export, "read_run", refuse)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(
+    UserError, match=r"\.pth, which only PyTorch .* pip install torch"
+  ):
+    export.export_run(trained[0] / "run", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_refused_halfway_leaves_nothing(
+  trained, tmp_path, monkeypatch
+):
+  from gcl_jax.checkpoints import export
+
+  # As where it is found, and yet cannot be imported.
+  monkeypatch.setattr(export, "_check_pytorch", lambda config: None)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(UserError, match="pip install torch"):
+    export.export_run(trained[0] / "run", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
 
 
 def objective_of(model, **fields):
