@@ -18,7 +18,7 @@ from gcl_jax.models import VISTA_SHAPES, build, read_pretrained
 from gcl_jax.processing import EncoderTokenizer, ImageProcessor, Processor
 from gcl_jax.sharding import make_mesh, map_with_path
 from gcl_jax.training.config import default_config
-from gcl_jax.training.flops import pair_flops
+from gcl_jax.training.flops import flops_options, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask
 from gcl_jax.training.start import make_start, model_from_config
@@ -258,6 +258,18 @@ def test_operations_of_a_pair_are_those_of_the_formula(locked):
   assert pair_flops(model, 10, locked=locked) == 2 * want
   without = 2 * (want - both * times[2])
   assert pair_flops(model, 10, locked=locked, fused=False) == without
+
+
+def test_a_teacher_asks_for_the_pass_that_cl_does_without():
+  model, config = build(cases.BASE), default_config()
+
+  def of(loss, teacher):
+    config.loss.name = loss
+    return pair_flops(model, 10, **flops_options(config, teacher))
+
+  pass_of_both = 6 * 3 * _by_hand(26, 48, cases.BASE.text.mlp, 2)  # and its backward
+  assert of("gcl", None) - of("contrastive", None) == pass_of_both
+  assert of("gcl", model) == of("contrastive", model)
 
 
 def test_freezing_is_by_tower_and_by_what_is_fixed():
