@@ -178,9 +178,13 @@ def _evaluate_benchmark(output: AnyPath | None) -> None:
 
 
 def cut_notes(model: Opened) -> list[str]:
-  """Says how many of the texts that were embedded were too long for the model."""
+  """Says how often a text that was embedded was too long for the model."""
   cut = model.embedder.processor.tokenizer.texts_cut
-  return [f"{cut:,} texts were longer than the model takes, and were cut."] * bool(cut)
+  note = (
+    f"cuts of texts that are longer than the model takes: {cut:,} (of a text alone and "
+    "beside an image: two)."
+  )
+  return [note] * bool(cut)
 
 
 def fusion_notes(result: dict) -> list[str]:

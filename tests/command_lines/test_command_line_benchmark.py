@@ -94,7 +94,7 @@ def test_of_an_encoder_that_fuses_nothing_else_is_called_its_own(used):
   assert fusion_notes(result) == []
 
 
-def test_texts_that_were_cut_are_said():
+def test_how_often_texts_were_cut_is_said():
   def notes(cut):
     tokenizer = types.SimpleNamespace(texts_cut=cut)
     processor = types.SimpleNamespace(tokenizer=tokenizer)
@@ -104,7 +104,8 @@ def test_texts_that_were_cut_are_said():
 
   assert notes(0) == []
   (note,) = notes(1234)
-  assert note.startswith("1,234 texts were longer than the model takes")
+  # The same text alone and beside an image is cut twice: so many texts are not there.
+  assert note.startswith("cuts of texts that are longer than the model takes: 1,234 (")
 
 
 def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):

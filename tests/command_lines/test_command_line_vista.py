@@ -123,6 +123,16 @@ def test_adding_instead_is_said(vista, mbeir, fused, tmp_path):
   assert "adding vectors of image and text (raw)" in note and "encoder" in note
 
 
+def test_embed_says_how_often_it_cut_a_text(vista, tmp_path, capsys):
+  Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+  line = {"image": "0.png", "captions": ["a dog runs " * 20]}
+  (tmp_path / "captions.jsonl").write_text(f"{json.dumps(line)}\n")
+  data, output = f"--data={tmp_path}", f"--output={tmp_path / 'index'}"
+  run(embed, f"--checkpoint={vista}", data, output, "--modality=each")
+  said = "longer than the model takes, in this process: 2 (of a text alone and beside"
+  assert said in capsys.readouterr().out
+
+
 def test_embed_and_search(vista, mbeir, fused, tmp_path, capsys):
   lines = [{"image": f"{k}.png", "captions": [text]} for k, text in enumerate(TEXTS)]
   captions = "".join(f"{json.dumps(line)}\n" for line in lines)
