@@ -15,13 +15,16 @@ import torch
 
 from gcl_jax.errors import UserError
 from gcl_jax.models import VISTA_SHAPES, build, read_pretrained
+from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import EncoderTokenizer, ImageProcessor, Processor
-from gcl_jax.sharding import make_mesh, map_with_path
+from gcl_jax.sharding import batch_sharding, make_mesh, map_with_path, path_of
+from gcl_jax.training.adapters import adapted_shapes
 from gcl_jax.training.config import default_config
 from gcl_jax.training.flops import flops_options, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask
 from gcl_jax.training.start import make_start, model_from_config
+from gcl_jax.training.state import place_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "models"))
@@ -39,6 +42,7 @@ WORDS = (
   "green",
   "circle",
 )
+MLP = ("mlp/fc1", "mlp/fc2", "mlp/gate")
 WORDS += ("square", "triangle", "small", "large", "two", "left", "right", "above", "of")
 
 
@@ -202,12 +206,13 @@ def test_an_export_that_is_refused_halfway_leaves_nothing(
   assert list(tmp_path.iterdir()) == []
 
 
-def objective_of(model, **fields):
+def objective_of(model, mesh=None, **fields):
   config = default_config()
   config.update_from_flattened_dict({"loss.form": "dense", **fields})
   size = model.config.vision.image_size
   images = ImageProcessor(shortest_edge=size, crop_size=size)
-  return make_objective(model, images, config, make_mesh(devices=jax.devices()[:1]))
+  mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+  return make_objective(model, images, config, mesh)
 
 
 def batch(config, rows: int = 4):
@@ -232,6 +237,66 @@ def test_in_microbatches_the_bank_is_that_of_the_whole_batch():
   for name, value in metrics.items():
     np.testing.assert_allclose(same[name], value, rtol=1e-5, err_msg=name)
   assert metrics["loss/image_to_fused"] > 0
+
+
+def test_split_over_a_mesh_loss_and_gradient_are_those_of_one_device(tmp_path):
+  config = cases.changed(cases.BASE, "vision", mlp=88)  # a multiple of the axis
+  cases.write_folder(tmp_path, config)
+  model, rows = build(config), batch(config)
+  params = read_pretrained(tmp_path)[2]
+  want_loss, want = gradient_of(objective_of(model), params, rows)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  split = objective_of(model, mesh)
+  placed = jax.device_put(rows, batch_sharding(mesh))
+  parts = place_parameters(params, mesh)
+  kernel = parts["vision"]["blocks"]["mlp"]["gate"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 16, 44)
+  loss, got = gradient_of(split, parts, placed)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  # BERT's key bias moves no softmax: its gradient is what rounding leaves of zero.
+  attention = [tree["text"]["blocks"]["attention"] for tree in (got, want)]
+  scale = np.abs(attention[1]["query"]["bias"]).max()
+  for tree in attention:
+    assert np.abs(tree["key"].pop("bias")).max() < 1e-4 * scale
+
+  def near(path, ours, theirs):
+    gap, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert gap <= 1e-4 * size, path
+    assert size > 0 or path[0].key == "fixed", path
+
+  jax.tree_util.tree_map_with_path(near, jax.device_get(got), jax.device_get(want))
+
+
+def gradient_of(objective, params, rows):
+  def loss(params):
+    return objective(params, rows, {})[0]
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_lora_trains_the_matrices_that_are_named_the_gate_among_them():
+  model, config = build(cases.BASE), recipe(**{"lora.rank": 2})
+  config.lora.image, config.lora.text = ("query", "mlp"), ("value",)
+  shapes = adapted_shapes(config, model.abstract())
+  trained, mask = set(), frozen_mask(config.optimizer, config.temperature, shapes)
+  map_with_path(lambda path, frozen: frozen or trained.add(path), mask)
+  image = [f"vision/blocks/{m}" for m in ("attention/query", *MLP)]
+  named = [*image, "text/blocks/attention/value"]
+  assert trained == {f"lora/{path}/{factor}" for path in named for factor in "ab"}
+  # And what the model is given differs from its own in them alone.
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+  merged, changed = merge_lora(params, alpha=4.0), set()
+  del params["lora"]
+
+  def compare(path, before, after):
+    if (before != after).any():
+      changed.add(path.removesuffix("/kernel"))
+
+  jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: compare(path_of(path), *leaves), params, merged
+  )
+  assert changed == set(named)
 
 
 @pytest.mark.parametrize(("loss", "loops"), [("gcl", 4), ("contrastive", 3)])
