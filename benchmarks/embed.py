@@ -247,7 +247,8 @@ def stages(records: Any, embedder: Any) -> dict[str, float]:
     images, texts = zip(*raw, strict=True)
     pixels = timed("decode", lambda: spread(embedder.processor.image.pixels, images))
     tokens = timed("tokenise", lambda: spread(embedder.tokens, texts))
-  width, size = max(map(len, tokens)), embedder.batch_size
+  width = max(map(len, tokens))
+  size = embedder.most_rows(width)
   pad = embedder.processor.tokenizer.pad_id
   rows = np.stack(
     [np.pad(ids, (0, width - len(ids)), constant_values=pad) for ids in tokens]

@@ -231,7 +231,8 @@ def _summary(
     )
   if cut:
     lines.append(
-      f"{cut:,} texts of this process were longer than the model takes, and were cut"
+      f"cuts of texts that are longer than the model takes, in this process: {cut:,} (of "
+      "a text alone and beside an image: two)"
     )
   done = {name: stage for name, stage in stages.items() if stage.items}
   if done:

@@ -17,7 +17,7 @@ from absl import flags
 
 from gcl_jax import command_line
 from gcl_jax.errors import UserError
-from gcl_jax.fusion import FusionSettings
+from gcl_jax.fusion import ENCODER, FusionSettings
 from gcl_jax.open_model import Opened, open_model
 from gcl_jax.paths import AnyPath, as_path, write_whole
 
@@ -66,7 +66,10 @@ def _define_benchmark_flags() -> None:
   flags.DEFINE_string("mode", "", "of mmeb: multimodal, unimodal")
   flags.DEFINE_string("targets", "", "of covr: mean of the frames, query, middle")
   flags.DEFINE_string(
-    "fusion", "", "raw, unit, checkpoint; by default the benchmark's official one"
+    "fusion",
+    "",
+    "raw, unit, checkpoint; by default the benchmark's official one, and checkpoint of a "
+    "model that fuses by itself (VISTA)",
   )
   flags.DEFINE_string("stored", "", "float16, float32: what embeddings are kept in")
   flags.DEFINE_string(
@@ -175,19 +178,29 @@ def _evaluate_benchmark(output: AnyPath | None) -> None:
 
 
 def cut_notes(model: Opened) -> list[str]:
-  """Says how many of the texts that were embedded were too long for the model."""
+  """Says how often a text that was embedded was too long for the model."""
   cut = model.embedder.processor.tokenizer.texts_cut
-  return [f"{cut:,} texts were longer than the model takes, and were cut."] * bool(cut)
+  note = (
+    f"cuts of texts that are longer than the model takes: {cut:,} (of a text alone and "
+    "beside an image: two)."
+  )
+  return [note] * bool(cut)
 
 
 def fusion_notes(result: dict) -> list[str]:
   """Says where documents were fused otherwise than the model was trained to."""
   used, own = result["protocol"]["fusion"], result["model"]["fusion"]
-  plain = own == FusionSettings(of=own["of"]).to_dict()
-  if used in ("checkpoint", own["of"]) and (plain or used == "checkpoint"):
+  if used == "checkpoint":
+    return []
+  if own["of"] == ENCODER:
+    return [
+      f"documents were fused by adding vectors of image and text ({used}); this model's "
+      "own encoder fuses, and was not asked to: leave --fusion out"
+    ]
+  if used == own["of"] and own == FusionSettings(of=used).to_dict():
     return []
   return [
-    f"documents were fused by the benchmark's protocol ({used}); this model's own is "
+    f"documents were fused by score fusion ({used}, weights 1 and 1); this model's own is "
     f"{own['of']}, weights {own['image_weight']:g} and {own['text_weight']:g}: "
     "--fusion=checkpoint"
   ]

@@ -23,7 +23,8 @@ def main() -> None:
   if not _FLAGS.checkpoint or not _FLAGS.output:
     raise UserError("name both: --checkpoint=<a run's folder> --output=<a new folder>")
   from gcl_jax.checkpoints import read_description, read_results
-  from gcl_jax.checkpoints.export import check_output, export_run, in_pytorch
+  from gcl_jax.checkpoints.card import in_pytorch
+  from gcl_jax.checkpoints.export import check_output, export_run
   from gcl_jax.evaluation import choose_step, to_markdown
   from gcl_jax.training.check import describe_loss
 

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from gcl_jax.errors import UserError
 
 KINDS = ("raw", "unit")
+ENCODER = "encoder"  # where settings are told: of a model that fuses by itself
 NORM_FLOOR = 1e-6
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
 
-from gcl_jax._version import __version__
-from gcl_jax.checkpoints.folder import Folder
+from gcl_jax.checkpoints.card import model_card, vista_card
+from gcl_jax.checkpoints.folder import Folder, read_description
 from gcl_jax.checkpoints.manager import read_run
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import FusionSettings
-from gcl_jax.models import (
-  PTH,
-  VISTA_SHAPES,
-  Config,
-  VistaConfig,
-  write_pretrained,
-  write_vista,
-)
+from gcl_jax.models import PTH, Config, VistaConfig, write_pretrained, write_vista
 
 _CARD = "README.md"
 # Lies in a folder for as long as we may throw it away, and is the last to go.
@@ -64,14 +57,17 @@ def export_run(
   Returns:
     The folder, which `CLIPModel.from_pretrained` and `CLIPProcessor` load; where
     `CLIPModel` has no such shape, the `pytorch_clip.py` inside loads it; of a VISTA a
-    `.pth` for FlagEmbedding's `Visualized_BGE`. Weights are bit-identical to the run's.
+    `.pth` with the keys of FlagEmbedding's `Visualized_BGE`. Weights are bit-identical to
+    the run's.
 
   Raises:
     UserError: no such checkpoint, the output (or a folder beside it that the export
-      needs) holds something else, or it cannot be written.
+      needs) holds something else, or it cannot be written; a VISTA, and no PyTorch to
+      write it.
   """
   output = Path(output)
   check_output(output)
+  _check_pytorch(read_description(workdir).model)
   model, params, processor, config = read_run(workdir, step)
   fusion = _settings(model.fusion, params)
   place = output.resolve()  # renaming would replace a link, not the folder behind it
@@ -89,6 +85,9 @@ def export_run(
       card = model_card(config.name, fusion, table, model.config.plain)
     (part / _CARD).write_text(card)
     _put_in_place(part, place)
+  except UserError:
+    _discard(part)
+    raise
   except OSError as error:
     raise UserError(
       f"--output={output} cannot be written ({error.strerror or error}): is there room, "
@@ -125,6 +124,14 @@ def check_output(output: Path) -> None:
     raise UserError(
       f"{beside} is in the way: an export writes there first, and it holds something "
       "else. Move it, or name another --output."
+    )
+
+
+def _check_pytorch(config: Config) -> None:
+  """Before a checkpoint of gigabytes is read for nothing."""
+  if isinstance(config, VistaConfig) and importlib.util.find_spec("torch") is None:
+    raise UserError(
+      "a VISTA is handed over as a .pth, which only PyTorch writes: pip install torch."
     )
 
 
@@ -181,112 +188,3 @@ def _settings(fusion: FusionSettings, params: dict) -> FusionSettings:
     image_weight=float(weights["image_weight"]),
     text_weight=float(weights["text_weight"]),
   )
-
-
-def model_card(
-  name: str, fusion: FusionSettings, table: str, plain: bool = True
-) -> str:
-  """The README.md of an exported folder; its Python is tested as printed.
-
-  `plain`: whether transformers' `CLIPModel` loads the folder.
-  """
-  results = f"\n## Results\n\n{table}\n" if table else ""
-  return f"""---
-library_name: {"transformers" if plain else "pytorch"}
-tags: [clip, multimodal-retrieval, gcl-2509.25638]
----
-# {name}
-
-One embedding space for images, texts and documents with both: a CLIP trained with
-Generalized Contrastive Learning (arXiv 2509.25638) by gcl_jax {__version__}. Compare
-embeddings by their dot product. Fused embeddings of documents with both, in PyTorch
-(from inside this folder; elsewhere write its path for the dot):
-
-```python
-{_with_transformers(fusion) if plain else _WITH_OUR_FILE}```
-
-An image alone is `normalize(image, dim=-1)`, a text alone `normalize(text, dim=-1)`.
-In JAX: `gcl_jax.load(folder).embed(images=[...], texts=[...])`, with `None` where a
-document lacks one of the two.
-{results}"""
-
-
-def _with_transformers(fusion: FusionSettings) -> str:
-  unit = fusion.of == "unit"
-  image = "normalize(image, dim=-1)" if unit else "image"
-  text = "normalize(text, dim=-1)" if unit else "text"
-  return f"""from PIL import Image
-from torch.nn.functional import normalize
-from transformers import CLIPModel, CLIPProcessor
-
-model = CLIPModel.from_pretrained(".").requires_grad_(False)
-processor = CLIPProcessor.from_pretrained(".")
-inputs = processor(text=["a caption"], images=[Image.open("picture.jpg")],
-                   return_tensors="pt", padding=True, truncation=True)
-image = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
-text = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
-fused = normalize({fusion.image_weight} * {image} + {fusion.text_weight} * {text}, dim=-1)
-"""
-
-
-# A pruned tower or a ResNet: the model is in a file of the folder, which needs torch and
-# safetensors; the processor is transformers', and could be any that makes the same inputs.
-_WITH_OUR_FILE = """from PIL import Image
-from torch.nn.functional import normalize
-from transformers import CLIPProcessor
-
-from pytorch_clip import load
-
-model = load(".").requires_grad_(False)
-processor = CLIPProcessor.from_pretrained(".")
-inputs = processor(text=["a caption"], images=[Image.open("picture.jpg")],
-                   return_tensors="pt", padding=True, truncation=True)
-image = model.encode_image(inputs["pixel_values"])
-text = model.encode_text(inputs["input_ids"])
-fused = model.fuse(image, text)
-"""
-
-
-_PUBLISHED = {config: name for name, config in VISTA_SHAPES.items()}
-_ORIGINALS = {"VISTA-base": "bge-base-en-v1.5", "VISTA-m3": "bge-m3"}
-
-
-def vista_card(name: str, config: VistaConfig, table: str) -> str:
-  """The README.md of an exported VISTA."""
-  shape = dataclasses.replace(config, logit_scale_init=VistaConfig.logit_scale_init)
-  original = _ORIGINALS.get(_PUBLISHED.get(shape, ""))
-  pytorch = ""
-  if original:
-    pytorch = f"""
-In PyTorch, with FlagEmbedding's `visual_bge` (from inside this folder):
-
-```python
-from visual_bge.modeling import Visualized_BGE
-
-model = Visualized_BGE(model_name_bge="{original}", from_pretrained=".",
-                       model_weight="{PTH}").eval()
-fused = model.encode(image="picture.jpg", text="a caption")
-```
-"""
-  results = f"\n## Results\n\n{table}\n" if table else ""
-  return f"""---
-tags: [visualized-bge, multimodal-retrieval, gcl-2509.25638]
----
-# {name}
-
-One embedding space for images, texts and documents with both: a VISTA trained with
-Generalized Contrastive Learning (arXiv 2509.25638) by gcl_jax {__version__}. Compare
-embeddings by their dot product.
-{pytorch}
-In JAX: `gcl_jax.load(folder).embed(images=[...], texts=[...])`, with `None` where a
-document lacks one of the two.
-{results}"""
-
-
-def in_pytorch(config: Config, folder: Path) -> str:
-  """How PyTorch loads an exported folder, in a few words."""
-  if isinstance(config, VistaConfig):
-    return f"FlagEmbedding's Visualized_BGE with model_weight={str(folder / PTH)!r}"
-  if config.plain:
-    return f"CLIPModel.from_pretrained({str(folder)!r})"
-  return f"load from {folder / 'pytorch_clip.py'}"

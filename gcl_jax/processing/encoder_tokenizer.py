@@ -92,6 +92,8 @@ class EncoderTokenizer(BaseTokenizer):
     try:
       backend = _backend(folder)
       kind = json.loads(backend.to_str())["model"]["type"]
+      if kind not in _KINDS:
+        raise ValueError(f"a vocabulary of {kind} (known: {', '.join(_KINDS)})")
       settings = _json(folder / _SETTINGS)
       given = _json(folder / "special_tokens_map.json") | settings
       class_name, defaults = _KINDS[kind]

@@ -215,7 +215,7 @@ class _Rows:
       batch = self._pending.setdefault(kind, [])
       batch.append((len(self.documents), ready))
       self.documents.append(ready.document)
-      if len(batch) == self._embedder.batch_size:
+      if len(batch) == self._embedder.most_rows(kind[1]):
         self._start(self._pending.pop(kind))
 
   def vectors(self) -> np.ndarray:
@@ -232,8 +232,9 @@ class _Rows:
     for modality in range(len(MODALITIES)):
       kinds = sorted(kind for kind in self._pending if kind[0] == modality)
       left = [entry for kind in kinds for entry in self._pending.pop(kind)]
-      for first in range(0, len(left), self._embedder.batch_size):
-        self._start(left[first : first + self._embedder.batch_size])
+      lengths = [0 if e.tokens is None else len(e.tokens) for _, e in left]
+      for rows in self._embedder.split(lengths):
+        self._start(left[rows])
 
   def _start(self, batch: list[tuple[int, _Ready]]) -> None:
     positions = [position for position, _ in batch]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gcl_jax.errors import UserError
 from gcl_jax.fusion import NORM_FLOOR, fuse
+from gcl_jax.models import VistaConfig
 from gcl_jax.processes import Largest
 from gcl_jax.processing import ImageError, ImageProcessor, Processor
 from gcl_jax.sharding import (
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 # Token lengths that are compiled, beside the full one. Cutting padding is exact: a text
 # tower is causal and pools at the end token, or does not look at padding.
-_LENGTHS = (16, 32, 128, 512)
+_LENGTHS = (16, 32, 128, 512, 1024, 2048, 4096)
+_WHOLE = 512  # the longest texts of which a batch is full
 _LARGEST_ID = 2  # this end token in a config means: pool at the largest id
 _WINDOW = 16  # batches of texts that are sorted by length together
 _IN_FLIGHT = 2  # batches on the devices while the next one is decoded
@@ -71,7 +73,8 @@ class Embedder:
         stay as they are, sharded or not.
       processor: the model's.
       mesh: by default one of all local devices.
-      batch_size: the most documents at once, over all devices.
+      batch_size: the most documents at once, over all devices; fewer whose texts are
+        beyond 512 tokens, see `most_rows`.
       config: kept as `.config`; by default the model's.
       threads: that decode images; by default one per core, at most 16.
 
@@ -157,9 +160,40 @@ class Embedder:
     return out
 
   @property
+  def fuses_by_itself(self) -> bool:
+    """Whether an image with a text is a pass of the model's own, and no sum of two."""
+    return isinstance(self.model.config, VistaConfig)
+
+  @property
   def batch_size(self) -> int:
     """The most documents at once, over all devices."""
     return self._sizes[-1]
+
+  def most_rows(self, length: int) -> int:
+    """The most documents at once whose texts have so many tokens; 0 is no text.
+
+    Attention's memory grows as the square of the length: what a full batch of 512 tokens
+    needs is what a batch of more tokens may need, but for one document a device.
+    """
+    room = self.batch_size * _WHOLE**2 // max(length, _WHOLE) ** 2
+    return max(size for size in self._sizes if size <= max(room, self._sizes[0]))
+
+  def split(self, lengths: Sequence[int]) -> Iterator[slice]:
+    """Batches of documents that stand in the ascending order of their texts' lengths.
+
+    Args:
+      lengths: tokens, as `tokens` has them.
+    """
+    start = 0
+    while start < len(lengths):
+      fits = (
+        count
+        for count in range(min(self.batch_size, len(lengths) - start), 1, -1)
+        if count <= self.most_rows(lengths[start + count - 1])
+      )
+      count = next(fits, 1)
+      yield slice(start, start + count)
+      start += count
 
   @property
   def threads(self) -> int:
@@ -180,16 +214,18 @@ class Embedder:
 
     Args:
       pixels: uint8 (n, S, S, 3), of `processor.image.pixels`; None: texts alone.
-      tokens: int32 (n, L), of `tokens`; None: images alone. n is at most `batch_size`.
+      tokens: int32 (n, L), of `tokens`; None: images alone. n is at most
+        `most_rows(L)`.
 
     Returns:
-      (batch_size, D) float32 unit rows, of which the first n count.
+      (most_rows(L), D) float32 unit rows, of which the first n count.
     """
+    size = self.most_rows(0 if tokens is None else tokens.shape[1])
     kind = "text" if pixels is None else "image" if tokens is None else "both"
-    mine = batch_share(self.mesh).rows(self.batch_size)
+    mine = batch_share(self.mesh).rows(size)
     given = {"pixels": pixels, "tokens": tokens}
     inputs = {
-      name: _padded(rows, self.batch_size)[mine]
+      name: _padded(rows, size)[mine]
       for name, rows in given.items()
       if rows is not None
     }
@@ -213,9 +249,9 @@ class Embedder:
         )
         lengths = _lengths(tokens, self.processor.tokenizer.pad_id)
         order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(part), size):
-          chosen = order[start : start + size]
-          width = _bucket(int(lengths[chosen].max()), self._longest[kind])
+        widths = [_bucket(int(n), self._longest[kind]) for n in lengths[order]]
+        for rows_of_batch in self.split(widths):
+          chosen, width = order[rows_of_batch], max(widths[rows_of_batch])
           yield _Batch(kind, [part[k] for k in chosen], tokens[chosen, :width])
 
   def _run(

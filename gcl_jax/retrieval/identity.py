@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from gcl_jax.fusion import ENCODER
 from gcl_jax.retrieval.embedder import Embedder
 from gcl_jax.sharding import path_of
 
 
 def identity(embedder: Embedder) -> dict[str, Any]:
   """Digests of the weights and of the processor's files, the fusion, the width."""
+  by_itself, settings = embedder.fuses_by_itself, embedder.model.fusion
   return {
     "weights": _digest_of_params(embedder.params),
     "processor": _digest_of_processor(embedder.processor),
-    "fusion": embedder.model.fusion.to_dict(),
+    "fusion": {"of": ENCODER} if by_itself else settings.to_dict(),
     "dimension": int(embedder.model.config.projection_dim),
   }
 

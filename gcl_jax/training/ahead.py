@@ -30,7 +30,7 @@ from gcl_jax.training.average import trained
 from gcl_jax.training.check import check_kernel
 from gcl_jax.training.chips import Chip, chip_of
 from gcl_jax.training.distill import teacher_model
-from gcl_jax.training.flops import multiply_adds, pair_flops
+from gcl_jax.training.flops import flops_options, multiply_adds, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask, make_optimizer
 from gcl_jax.training.program import Moved, moved
@@ -112,10 +112,7 @@ def compile_only(config: ConfigDict, topology: str) -> Report:
   of_a_pair = pair_flops(
     model,
     arguments[1]["tokens"].shape[-1],
-    patch_dropout=config.model.patch_dropout,
-    locked=config.optimizer.locked_tower,
-    teacher=teacher,
-    fused=config.loss.name == "gcl",
+    **flops_options(config, teacher),
   )
   return Report(
     chips=mesh.size,

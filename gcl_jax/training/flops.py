@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
 
 from gcl_jax.models import Model, VistaConfig
 from gcl_jax.training.patch_dropout import kept_count
@@ -54,6 +55,22 @@ def pair_flops(
     return teacher.bind(params).embed_pair(pixels, tokens)
 
   return own + 2 * multiply_adds(both, teacher.abstract(), pixels, tokens)
+
+
+def flops_options(config: ConfigDict, teacher: Model | None) -> dict[str, Any]:
+  """What `pair_flops` is told of a run's config.
+
+  Args:
+    config: the run's.
+    teacher: its teacher's model; None where it has none.
+  """
+  return {
+    "patch_dropout": config.model.patch_dropout,
+    "locked": config.optimizer.locked_tower,
+    "teacher": teacher,
+    # A teacher's affinities are of fused rows too, whatever the run's own loss.
+    "fused": config.loss.name == "gcl" or teacher is not None,
+  }
 
 
 def _clip_flops(

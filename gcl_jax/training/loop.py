@@ -176,7 +176,7 @@ class _Guard:
 
   def report(self, when: str) -> None:
     """Says after an epoch and at the end how many records could not be read, and how
-    many texts were cut."""
+    often a text was cut."""
     if self.bad and jax.process_index() == 0:
       print(
         f"{when}: {self.bad} unreadable records so far (they were left "
@@ -186,9 +186,9 @@ class _Guard:
       )
     if (cut := self._batches.texts_cut) and jax.process_index() == 0:
       print(
-        f"{when}: {cut} texts of this process were longer than the model or "
-        f"config.data.text_buckets has room for ({self._batches.longest} tokens, or "
-        "fewer beside an image), and were cut since it started.",
+        f"{when}: cuts of texts in this process since it started: {cut}; they are longer "
+        "than the model or config.data.text_buckets has room for "
+        f"({self._batches.longest} tokens, or fewer beside an image).",
         file=sys.stderr,
         flush=True,
       )

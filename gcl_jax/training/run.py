@@ -40,6 +40,7 @@ from gcl_jax.training.average import begin_average
 from gcl_jax.training.check import check_kernel, check_loss, check_numbers
 from gcl_jax.training.compiled import CompiledStep, Meter, report_step
 from gcl_jax.training.distill import Teacher, keep_teacher, read_teacher
+from gcl_jax.training.flops import flops_options
 from gcl_jax.training.loop import run_loop
 from gcl_jax.training.objective import Objective, make_objective
 from gcl_jax.training.optimizer import (
@@ -182,10 +183,7 @@ def train(
       parts.model,
       mesh,
       config.batch_size,
-      patch_dropout=config.model.patch_dropout,
-      locked=config.optimizer.locked_tower,
-      teacher=parts.teacher.model if parts.teacher else None,
-      fused=config.loss.name == "gcl",
+      **flops_options(config, parts.teacher.model if parts.teacher else None),
     )
     run_loop(
       state,

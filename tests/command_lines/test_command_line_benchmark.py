@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.evaluate import cut_notes, fusion_notes
-from gcl_jax.fusion import FusionSettings
+from gcl_jax.fusion import ENCODER, FusionSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,16 @@ def test_fusing_unlike_the_model_s_training_is_said(used, own, said):
   assert bool(fusion_notes(result)) is said
 
 
-def test_texts_that_were_cut_are_said():
+@pytest.mark.parametrize("used", ["raw", "unit"])
+def test_of_an_encoder_that_fuses_nothing_else_is_called_its_own(used):
+  result = {"protocol": {"fusion": used}, "model": {"fusion": {"of": ENCODER}}}
+  (note,) = fusion_notes(result)
+  assert f"({used})" in note and "own encoder fuses" in note
+  result["protocol"]["fusion"] = "checkpoint"
+  assert fusion_notes(result) == []
+
+
+def test_how_often_texts_were_cut_is_said():
   def notes(cut):
     tokenizer = types.SimpleNamespace(texts_cut=cut)
     processor = types.SimpleNamespace(tokenizer=tokenizer)
@@ -95,7 +104,8 @@ def test_texts_that_were_cut_are_said():
 
   assert notes(0) == []
   (note,) = notes(1234)
-  assert note.startswith("1,234 texts were longer than the model takes")
+  # The same text alone and beside an image is cut twice: so many texts are not there.
+  assert note.startswith("cuts of texts that are longer than the model takes: 1,234 (")
 
 
 def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):

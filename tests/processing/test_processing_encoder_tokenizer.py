@@ -141,12 +141,22 @@ def test_a_sep_within_a_text_does_not_end_it(tmp_path):
   assert list(tokenizer.lengths(rows)) == [5, 2]
 
 
+def _without_cls(content):
+  content["model"]["vocab"].pop("[CLS]")
+  content["post_processor"] = None
+  added = content["added_tokens"]
+  content["added_tokens"] = [token for token in added if token["content"] != "[CLS]"]
+
+
 @pytest.mark.parametrize(
   ("change", "what"),
   [
-    (lambda c: c.update(post_processor=None), "does not put"),
-    (lambda c: c["model"]["vocab"].pop("[CLS]"), "CLS"),
-    (lambda c: c["model"].update(type="WordLevel"), "."),
+    (lambda c: c.update(post_processor=None), r"does not put \[CLS\] and \[SEP\]"),
+    (_without_cls, r"the vocabulary lacks one of \[CLS\], \[SEP\], \[PAD\]"),
+    (
+      lambda c: c["model"].update(type="WordLevel"),
+      r"a vocabulary of WordLevel \(known: WordPiece, Unigram\)",
+    ),
   ],
 )
 def test_other_tokenizers_are_refused(change, what, tmp_path):

@@ -34,13 +34,14 @@ class Small:
 
   fusion: FusionSettings = dataclasses.field(default_factory=FusionSettings)
   pair_context: int = 40
+  context: int = 40
 
   @property
   def config(self):
     return SimpleNamespace(
       projection_dim=4,
       vision=SimpleNamespace(image_size=16),
-      text=SimpleNamespace(vocab_size=600, context=40, eos_id=539),
+      text=SimpleNamespace(vocab_size=600, context=self.context, eos_id=539),
       pair_context=self.pair_context,
     )
 
@@ -194,6 +195,42 @@ def test_beside_an_image_a_text_is_as_long_as_fits_there(tmp_path, pairs, proces
     np.testing.assert_allclose(index.vectors[[row]][0], wanted, atol=1e-6)
   # By the index, and once more by the line above.
   assert processor.tokenizer.texts_cut - before == 2 * cut > 0
+
+
+class Lengths:
+  """Texts of 900 words, of 1,900 and of one."""
+
+  def __len__(self):
+    return 24
+
+  def __getitem__(self, k):
+    words = (900, 1, 1900, 900)[k % 4]
+    return {"id": f"id{k}", "images": [], "texts": [f"{'red ' * words}{k}"]}
+
+
+def test_long_texts_are_embedded_a_few_at_a_time(tmp_path, processor):
+  longer = Processor(processor.image, processor.tokenizer.cut_to(4096))
+  mesh = make_mesh(devices=jax.devices()[:1])
+  model = Small(context=4096)
+  embedder = Embedder(model, PARAMS, longer, mesh=mesh, batch_size=32)
+  started, start = [], embedder.start
+  embedder.start = lambda pixels, tokens: (
+    started.append(tokens.shape) or start(pixels, tokens)
+  )
+  embed(tmp_path / "index", Lengths(), embedder)
+  # Of twelve of 1,024 eight at once, of six of 2,048 two; what is left goes with the six
+  # of one word.
+  assert sorted(started) == [
+    (2, 1024),
+    (2, 2048),
+    (2, 2048),
+    (2, 2048),
+    *[(8, 1024)] * 2,
+  ]
+  index = read_index(tmp_path / "index")
+  texts = [document["text"] for document in index.documents(range(24))]
+  wanted = embedder.embed(texts=texts)
+  np.testing.assert_allclose(index.vectors[range(24)], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(

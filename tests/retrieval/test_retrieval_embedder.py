@@ -29,14 +29,15 @@ class Known:
 
   fusion: FusionSettings = SETTINGS
   eos_id: int = 539
+  context: int = 40
 
   @property
   def config(self):
     return SimpleNamespace(
       projection_dim=3,
       vision=SimpleNamespace(image_size=16),
-      text=SimpleNamespace(vocab_size=600, context=40, eos_id=self.eos_id),
-      pair_context=40,
+      text=SimpleNamespace(vocab_size=600, context=self.context, eos_id=self.eos_id),
+      pair_context=self.context,
     )
 
   def bind(self, params):
@@ -161,6 +162,36 @@ def test_texts_are_cut_to_the_longest_of_their_batch(known, tokenizer):
   known.embed(texts=[long] + ["blue"] * 20)  # sorted: the long one goes last
   widths = sorted(shape for _, shape in TRACES)
   assert widths == [(8, 16), (8, 40), (16, 16)]
+
+
+def test_long_texts_are_not_padded_to_the_longest_that_there_could_be():
+  lengths = (16, 513, 1024, 1025, 2049, 4096, 4097, 8192)
+  got = [embedder_module._bucket(n, 8192) for n in lengths]
+  assert got == [16, 1024, 1024, 2048, 4096, 4096, 8192, 8192]
+  assert embedder_module._bucket(513, 514) == 514
+
+
+def test_of_long_texts_fewer_are_embedded_at_once(tokenizer):
+  TRACES.clear()
+  embedder_module._functions.cache_clear()
+  params = {"image": np.float32(1), "text": np.float32(1)}
+  processor = default_clip_processor(16, tokenizer.cut_to(8192))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  model = Known(context=8192)
+  embedder = Embedder(model, params, processor, mesh=mesh, batch_size=64)
+  lengths = (0, 512, 513, 1024, 2048, 4096, 8192)
+  assert [embedder.most_rows(n) for n in lengths] == [64, 64, 32, 16, 4, 1, 1]
+  texts = ["blue"] * 60
+  for words, count in ((900, 20), (1900, 3), (3900, 2)):
+    texts += ["red " * words] * count
+  texts = texts[::-1]
+  got = embedder.embed(texts=texts)
+  shapes = sorted({shape for _, shape in TRACES})
+  assert shapes == [(1, 4096), (4, 1024), (4, 2048), (16, 1024), (64, 16)]
+  want = [unit(known_text(text, processor.tokenizer)) for text in texts]
+  np.testing.assert_allclose(got, want, atol=2e-6)
+  tokens = embedder.tokens("red " * 900)
+  assert embedder.start(tokens=np.stack([tokens] * 16)).shape == (16, 3)
 
 
 def test_a_batch_is_split_over_all_devices(known, monkeypatch):

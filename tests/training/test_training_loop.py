@@ -180,4 +180,7 @@ def test_texts_that_were_cut_are_counted(capsys, monkeypatch):
   monkeypatch.setattr(Batches, "texts_cut", 3)
   loop(2)
   said = capsys.readouterr().err
-  assert "done: 3 texts" in said and "text_buckets has room for (77 tokens" in said
+  assert (
+    "done: cuts of texts in this process since it started: 3;" in said
+    and "text_buckets has room for (77 tokens" in said
+  )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -13,14 +14,17 @@ import pytest
 import torch
 
 from gcl_jax.errors import UserError
-from gcl_jax.models import build, read_pretrained
+from gcl_jax.models import VISTA_SHAPES, build, read_pretrained
+from gcl_jax.models.lora import merge_lora
 from gcl_jax.processing import EncoderTokenizer, ImageProcessor, Processor
-from gcl_jax.sharding import make_mesh, map_with_path
+from gcl_jax.sharding import batch_sharding, make_mesh, map_with_path, path_of
+from gcl_jax.training.adapters import adapted_shapes
 from gcl_jax.training.config import default_config
-from gcl_jax.training.flops import pair_flops
+from gcl_jax.training.flops import flops_options, pair_flops
 from gcl_jax.training.objective import make_objective
 from gcl_jax.training.optimizer import frozen_mask
 from gcl_jax.training.start import make_start, model_from_config
+from gcl_jax.training.state import place_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "models"))
@@ -38,6 +42,7 @@ WORDS = (
   "green",
   "circle",
 )
+MLP = ("mlp/fc1", "mlp/fc2", "mlp/gate")
 WORDS += ("square", "triangle", "small", "large", "two", "left", "right", "above", "of")
 
 
@@ -164,15 +169,61 @@ def test_the_export_gives_pytorch_the_same_embeddings(trained, tmp_path):
   np.testing.assert_allclose(again, got[2], atol=1e-6)
   card = (folder / "README.md").read_text()
   assert "gcl_jax.load" in card and "CLIPModel" not in card
+  assert "No class of PyTorch's holds this shape" in card
   assert "vocab.txt" in {path.name for path in folder.iterdir()}
 
 
-def objective_of(model, **fields):
+def test_the_class_that_loads_an_export_is_named_for_its_two_shapes_alone(tmp_path):
+  from gcl_jax.checkpoints.card import in_pytorch, vista_card
+
+  for name, encoder in (("VISTA-base", "bge-base-en-v1.5"), ("VISTA-m3", "bge-m3")):
+    # What the logit scale begins from is no part of the file.
+    config = dataclasses.replace(VISTA_SHAPES[name], logit_scale_init=1.0)
+    assert f'model_name_bge="{encoder}"' in vista_card("run", config, "")
+    assert "Visualized_BGE with model_weight=" in in_pytorch(config, tmp_path)
+  for config in (cases.BASE, cases.M3):
+    assert "model_name_bge" not in vista_card("run", config, "")
+    said = in_pytorch(config, tmp_path)
+    assert said.startswith("no class holds this shape") and "FlagEmb" not in said
+
+
+def test_without_pytorch_an_export_fails_before_the_checkpoint_is_read(
+  trained, tmp_path, monkeypatch
+):
+  from gcl_jax.checkpoints import export
+
+  def refuse(*_):
+    raise AssertionError("the checkpoint was read")
+
+  monkeypatch.setattr(export, "read_run", refuse)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(
+    UserError, match=r"\.pth, which only PyTorch .* pip install torch"
+  ):
+    export.export_run(trained[0] / "run", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_refused_halfway_leaves_nothing(
+  trained, tmp_path, monkeypatch
+):
+  from gcl_jax.checkpoints import export
+
+  # As where it is found, and yet cannot be imported.
+  monkeypatch.setattr(export, "_check_pytorch", lambda config: None)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(UserError, match="pip install torch"):
+    export.export_run(trained[0] / "run", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+def objective_of(model, mesh=None, **fields):
   config = default_config()
   config.update_from_flattened_dict({"loss.form": "dense", **fields})
   size = model.config.vision.image_size
   images = ImageProcessor(shortest_edge=size, crop_size=size)
-  return make_objective(model, images, config, make_mesh(devices=jax.devices()[:1]))
+  mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+  return make_objective(model, images, config, mesh)
 
 
 def batch(config, rows: int = 4):
@@ -199,6 +250,66 @@ def test_in_microbatches_the_bank_is_that_of_the_whole_batch():
   assert metrics["loss/image_to_fused"] > 0
 
 
+def test_split_over_a_mesh_loss_and_gradient_are_those_of_one_device(tmp_path):
+  config = cases.changed(cases.BASE, "vision", mlp=88)  # a multiple of the axis
+  cases.write_folder(tmp_path, config)
+  model, rows = build(config), batch(config)
+  params = read_pretrained(tmp_path)[2]
+  want_loss, want = gradient_of(objective_of(model), params, rows)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  split = objective_of(model, mesh)
+  placed = jax.device_put(rows, batch_sharding(mesh))
+  parts = place_parameters(params, mesh)
+  kernel = parts["vision"]["blocks"]["mlp"]["gate"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 16, 44)
+  loss, got = gradient_of(split, parts, placed)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  # BERT's key bias moves no softmax: its gradient is what rounding leaves of zero.
+  attention = [tree["text"]["blocks"]["attention"] for tree in (got, want)]
+  scale = np.abs(attention[1]["query"]["bias"]).max()
+  for tree in attention:
+    assert np.abs(tree["key"].pop("bias")).max() < 1e-4 * scale
+
+  def near(path, ours, theirs):
+    gap, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert gap <= 1e-4 * size, path
+    assert size > 0 or path[0].key == "fixed", path
+
+  jax.tree_util.tree_map_with_path(near, jax.device_get(got), jax.device_get(want))
+
+
+def gradient_of(objective, params, rows):
+  def loss(params):
+    return objective(params, rows, {})[0]
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_lora_trains_the_matrices_that_are_named_the_gate_among_them():
+  model, config = build(cases.BASE), recipe(**{"lora.rank": 2})
+  config.lora.image, config.lora.text = ("query", "mlp"), ("value",)
+  shapes = adapted_shapes(config, model.abstract())
+  trained, mask = set(), frozen_mask(config.optimizer, config.temperature, shapes)
+  map_with_path(lambda path, frozen: frozen or trained.add(path), mask)
+  image = [f"vision/blocks/{m}" for m in ("attention/query", *MLP)]
+  named = [*image, "text/blocks/attention/value"]
+  assert trained == {f"lora/{path}/{factor}" for path in named for factor in "ab"}
+  # And what the model is given differs from its own in them alone.
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+  merged, changed = merge_lora(params, alpha=4.0), set()
+  del params["lora"]
+
+  def compare(path, before, after):
+    if (before != after).any():
+      changed.add(path.removesuffix("/kernel"))
+
+  jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: compare(path_of(path), *leaves), params, merged
+  )
+  assert changed == set(named)
+
+
 @pytest.mark.parametrize(("loss", "loops"), [("gcl", 4), ("contrastive", 3)])
 def test_cl_does_not_pay_for_the_pass_that_gcl_needs(loss, loops):
   model = build(cases.BASE)
@@ -223,6 +334,18 @@ def test_operations_of_a_pair_are_those_of_the_formula(locked):
   assert pair_flops(model, 10, locked=locked) == 2 * want
   without = 2 * (want - both * times[2])
   assert pair_flops(model, 10, locked=locked, fused=False) == without
+
+
+def test_a_teacher_asks_for_the_pass_that_cl_does_without():
+  model, config = build(cases.BASE), default_config()
+
+  def of(loss, teacher):
+    config.loss.name = loss
+    return pair_flops(model, 10, **flops_options(config, teacher))
+
+  pass_of_both = 6 * 3 * _by_hand(26, 48, cases.BASE.text.mlp, 2)  # and its backward
+  assert of("gcl", None) - of("contrastive", None) == pass_of_both
+  assert of("gcl", model) == of("contrastive", model)
 
 
 def test_freezing_is_by_tower_and_by_what_is_fixed():

@@ -2,7 +2,7 @@
 
 Three ways to fuse an image with a text. "raw" adds the projected vectors as they are
 and normalises the sum (UniIR's CLIP_SF, M-BEIR's protocol); "unit" is the mean of the
-two unit vectors (CoVR's Avg); "checkpoint" is what the model was trained with.
+two unit vectors (CoVR's Avg); "checkpoint" is what the model itself makes of both.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _KEPT = 1 << 15  # vectors of images, and of texts, that are kept for the next d
 
 class Embeds(Protocol):
   """What is asked of `gcl_jax.retrieval.Embedder`."""
+
+  @property
+  def fuses_by_itself(self) -> bool: ...
 
   def embed(self, images: Any, texts: Any, *, normalize: bool = True) -> np.ndarray: ...
 

@@ -41,7 +41,8 @@ def evaluate_benchmark(
   Args:
     benchmark: from `open_benchmark`.
     embedder: the model.
-    fusion: "raw", "unit" or "checkpoint"; "" is the benchmark's official one.
+    fusion: "raw", "unit" or "checkpoint"; "" is the benchmark's official one, which is
+      for models that add: of one that fuses by itself "checkpoint".
     stored: "float16" or "float32", what embeddings are kept in; "" as above.
     export_run: a new folder for embeddings, judgements and ranks; "" for none.
     progress: called with (rows embedded, rows to embed).
@@ -50,7 +51,8 @@ def evaluate_benchmark(
     UserError: a choice that there is not, embeddings that are not finite, a folder that
       cannot be written. Nothing of `export_run` is left then.
   """
-  fusion, stored = fusion or benchmark.fusion, stored or benchmark.stored
+  official = "checkpoint" if embedder.fuses_by_itself else benchmark.fusion
+  fusion, stored = fusion or official, stored or benchmark.stored
   for flag, value, known in (("fusion", fusion, FUSIONS), ("stored", stored, STORED)):
     if value not in known:
       raise UserError(f"--{flag}={value}: there are {', '.join(known)}.")
@@ -76,7 +78,7 @@ def evaluate_benchmark(
       **benchmark.protocol,
       "fusion": fusion,
       "stored": stored,
-      "official_embedding": (fusion, stored) == (benchmark.fusion, benchmark.stored),
+      "official_embedding": (fusion, stored) == (official, benchmark.stored),
       "ties": "equal scores: the lower row of the pool first",
       "tie_width": float(TIE),
     },

@@ -102,8 +102,8 @@ class Benchmark:
   """Official files, read and checked.
 
   Attributes:
-    fusion, stored: the official protocol's: "raw", "unit" or "checkpoint", and in which
-      type embeddings are kept.
+    fusion, stored: the official protocol's: "raw", "unit" or "checkpoint" (which it is
+      of every model that fuses by itself), and in which type embeddings are kept.
     protocol: the switches that shaped the tasks, for the result.
     data_hash: SHA-256 of the files that were read.
     summarise: from the results of all tasks to the benchmark's own means.

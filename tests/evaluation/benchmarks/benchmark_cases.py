@@ -37,6 +37,8 @@ class Embedder:
   Keeps what it was asked, and refuses what `gcl_jax.retrieval.Embedder` refuses.
   """
 
+  fuses_by_itself = False
+
   def __init__(self, image=None, text=None, width=WIDTH):
     self.image = image or (lambda name: vector(f"image {name}", width))
     self.text = text or (lambda words: 3 * vector(f"text {words}", width))

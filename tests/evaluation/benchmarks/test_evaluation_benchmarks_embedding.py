@@ -5,13 +5,14 @@ import os
 
 import numpy as np
 import pytest
-from benchmark_cases import Embedder, NamedPictures, paint, vector
+from benchmark_cases import Embedder, NamedPictures, evaluated, paint, vector
 
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation.benchmarks import embedding as module
-from gcl_jax.evaluation.benchmarks.documents import Parts, documents
+from gcl_jax.evaluation.benchmarks.documents import Parts, documents, judgements
 from gcl_jax.evaluation.benchmarks.embedding import Embedding
 from gcl_jax.evaluation.benchmarks.pictures import FolderPictures
+from gcl_jax.evaluation.benchmarks.task import BOTH, IMAGE, Benchmark, Scoring, Task
 
 IMAGES = ["a", "b", None, "a", "a", None]
 TEXTS = ["x", None, "y", "x", None, None]
@@ -56,6 +57,34 @@ def test_each_protocol_by_hand(fusion, stored):
   np.testing.assert_allclose(bank.unit(slice(None)), want, atol=atol)
   assert bank.there.all()
   assert bank.zeros == 1
+
+
+@pytest.mark.parametrize("own", ["raw", "unit", "checkpoint"])
+def test_a_model_that_fuses_by_itself_is_asked_to_by_every_benchmark(own):
+  """Which all of them choose here: mbeir and mmeb "raw", covr "unit"."""
+  queries = documents("queries", ["q"], images=["a"], texts=["x"])
+  pool = documents("pool", ["c"], images=["b"])
+  scoring = Scoring("all", (pool,), (1,), judgements([0], [0], 1))
+  benchmark = Benchmark(
+    name="some",
+    tasks=[Task("task", (BOTH, IMAGE), queries, (scoring,))],
+    pictures=NamedPictures(),
+    fusion=own,
+    stored="float32",
+    protocol={},
+    data_hash="",
+    summarise=lambda tasks: {},
+  )
+  embedder = Embedder()
+  assert evaluated(benchmark, embedder)["protocol"]["fusion"] == own
+  assert (("a", "x") in embedder.asked) is (own == "checkpoint")
+  embedder = Embedder()
+  embedder.fuses_by_itself = True
+  protocol = evaluated(benchmark, embedder)["protocol"]
+  assert protocol["fusion"] == "checkpoint" and protocol["official_embedding"]
+  assert sorted(embedder.asked, key=str) == [("a", "x"), ("b", None)]
+  protocol = evaluated(benchmark, embedder, fusion="unit")["protocol"]
+  assert protocol["fusion"] == "unit" and not protocol["official_embedding"]
 
 
 def test_raw_sums_are_rounded_before_they_are_normalised():
