@@ -231,8 +231,8 @@ def _summary(
     )
   if cut:
     lines.append(
-      f"cuts of texts that are longer than the model takes, in this process: {cut:,} (of "
-      "a text alone and beside an image: two)"
+      f"{cut:,} times, in this process, a text was longer than the model takes and was "
+      "cut (alone and beside an image counts twice)"
     )
   done = {name: stage for name, stage in stages.items() if stage.items}
   if done:

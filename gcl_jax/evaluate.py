@@ -181,8 +181,8 @@ def cut_notes(model: Opened) -> list[str]:
   """Says how often a text that was embedded was too long for the model."""
   cut = model.embedder.processor.tokenizer.texts_cut
   note = (
-    f"cuts of texts that are longer than the model takes: {cut:,} (of a text alone and "
-    "beside an image: two)."
+    f"{cut:,} times a text was longer than the model takes and was cut (alone and beside an "
+    "image counts twice)."
   )
   return [note] * bool(cut)
 

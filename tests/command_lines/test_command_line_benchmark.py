@@ -105,7 +105,7 @@ def test_how_often_texts_were_cut_is_said():
   assert notes(0) == []
   (note,) = notes(1234)
   # The same text alone and beside an image is cut twice: so many texts are not there.
-  assert note.startswith("cuts of texts that are longer than the model takes: 1,234 (")
+  assert note.startswith("1,234 times a text was longer than the model takes")
 
 
 def test_a_mistake_is_one_message_before_a_model_is_loaded(composed):
