@@ -129,7 +129,7 @@ def test_embed_says_how_often_it_cut_a_text(vista, tmp_path, capsys):
   (tmp_path / "captions.jsonl").write_text(f"{json.dumps(line)}\n")
   data, output = f"--data={tmp_path}", f"--output={tmp_path / 'index'}"
   run(embed, f"--checkpoint={vista}", data, output, "--modality=each")
-  said = "longer than the model takes, in this process: 2 (of a text alone and beside"
+  said = "2 times, in this process, a text was longer than the model takes"
   assert said in capsys.readouterr().out
 
 
