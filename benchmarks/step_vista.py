@@ -22,6 +22,7 @@ from torch.nn.functional import (
 
 from gcl_jax.models import VistaConfig
 from gcl_jax.models.convert import key_shapes
+from gcl_jax.models.vista_config import XLM_R
 from gcl_jax.models.vista_table import VISTA_TABLE
 
 # A small image tower beside the sizes of MiniLM-L6: VISTA's form at a CPU's size.
@@ -76,9 +77,7 @@ class VistaTorch(torch.nn.Module):
     seen = self._placed(seen, places)
     none = torch.tensor([[text.bos_id, text.eos_id]], device=seen.device)
     ends = (tokens == text.eos_id).flip(1).cumsum(1).flip(1) > 0
-    alone = self._encode(
-      self._words(tokens, torch.arange(tokens.shape[1], device=seen.device)), ends
-    )
+    alone = self._encode(self._words(tokens, self._text_places(tokens)), ends)
     rows = (
       self._beside(seen, none.expand(len(seen), 2), None),
       alone,
@@ -86,6 +85,14 @@ class VistaTorch(torch.nn.Module):
     )
     image, text_rows, fused = (normalize(x.float(), dim=-1) for x in rows)
     return image, text_rows, fused
+
+  def _text_places(self, tokens: torch.Tensor) -> torch.Tensor:
+    """Positions of a text alone: XLM-RoBERTa's begin after padding's."""
+    text = self.config.text
+    if text.kind != XLM_R:
+      return torch.arange(tokens.shape[1], device=tokens.device)
+    there = (tokens != text.pad_id).long()
+    return there.cumsum(1) * there + text.pad_id
 
   def _at(self, key: str) -> torch.Tensor:
     return self.get_parameter(key)
