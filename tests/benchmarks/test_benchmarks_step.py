@@ -68,7 +68,8 @@ def test_both_sides_train_alike(parts, batch):
   assert found.loss < 1e-6 and found.movement < 1e-3
 
 
-def test_both_sides_train_a_vista_alike(parts, batch):
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+def test_both_sides_train_a_vista_alike(parts, batch, kind):
   config = parts[0].copy_and_resolve_references()
   config.temperature.mode = "fixed"
   config.optimizer.learning_rate = 1e-4
@@ -77,8 +78,10 @@ def test_both_sides_train_a_vista_alike(parts, batch):
     "vision_config": {**fields, "image_size": 16, "patch_size": 8, "projection_dim": 4},
     "text_config": {
       **_TOWER,
-      "max_position_embeddings": 16,
+      "model_type": kind,
+      "max_position_embeddings": 24,
       "vocab_size": 50,
+      "pad_token_id": 3,
       "bos_token_id": 48,
       "eos_token_id": 49,
     },
