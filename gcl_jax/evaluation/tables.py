@@ -203,9 +203,11 @@ def _chance(view: Mapping) -> list[str]:
     return []
   size = max(cell["pool"] for cell in pools.values())
   chance = next(c["chance"] for c in pools.values() if c["pool"] == size)
-  line = (
-    f"Pools of {size:,}; chance: R@1 {chance['R@1']:.2g}, R@10 {chance['R@10']:.2g}."
+  # Not in .2g, for which 100 is 1e+02.
+  first, ten = (
+    f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (chance["R@1"], chance["R@10"])
   )
+  line = f"Pools of {size:,}; chance: R@1 {first}, R@10 {ten}."
   spread = view["global"]["other"]
   bounds = spread["interval"]["R@10"]
   if bounds:

@@ -82,6 +82,11 @@ def test_sizes_and_chance_are_printed(before):
   assert "‖Δ‖ of the means i-t 1.27" in text
 
 
+def test_in_a_pool_of_ten_chance_is_a_hundred():
+  result = evaluate_nine(build_items(records(10)), segregated(10)[0])
+  assert "Pools of 10; chance: R@1 10, R@10 100." in flat({"a": result})
+
+
 def test_a_hundred_columns_and_no_escapes(before, after):
   rows = rows_of("a run with a rather long name [sic]", before) | {"after": after}
   text = render(rows)
